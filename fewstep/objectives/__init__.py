@@ -1,0 +1,1 @@
+"""Training objectives as functions of velocities and tensors. They never import models."""

@@ -1,0 +1,146 @@
+"""Samplers as functions of (velocity, x, grid). No state, no scheduler object.
+
+Every step has the form x_next = x + (t_next - t_cur) v: for Euler v is the velocity at x, for Heun the mean of
+the velocities at both ends. States are float32 or wider. NFE is calls times `velocity.nfe_per_call` (default 1).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.flow import Velocity, expand_t, wide
+from fewstep.grids import check_grid
+
+Solver = Literal["euler", "heun"]
+Step = Callable[[Velocity, Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor]]
+
+
+def euler_step(
+    velocity: Velocity, x: Tensor, t_cur: Tensor, t_next: Tensor, cond: Any
+) -> tuple[Tensor, Tensor]:
+    """One Euler step from t_cur (B,) to t_next (B,): first order, one call. Returns (x_next, v), as x."""
+    v = velocity(x, t_cur, cond)
+    return x + expand_t(t_next - t_cur, x) * v, v
+
+
+def heun_step(
+    velocity: Velocity, x: Tensor, t_cur: Tensor, t_next: Tensor, cond: Any
+) -> tuple[Tensor, Tensor]:
+    """One Heun step from t_cur (B,) to t_next (B,): second order, two calls. Returns (x_next, mean v), as x.
+
+    Samples that land on t = 0 take an Euler step (networks are not trained at 0; a whole rollout stays second
+    order), so a batch that lands there entirely costs one call.
+    """
+    x_euler, v_cur = euler_step(velocity, x, t_cur, t_next, cond)
+    at_zero = t_next == 0
+    if bool(at_zero.all()):
+        return x_euler, v_cur
+    v_next = velocity(x_euler, t_next, cond)
+    v = torch.where(at_zero.reshape(-1, *[1] * (x.ndim - 1)), v_cur, (v_cur + v_next) / 2)
+    return x + expand_t(t_next - t_cur, x) * v, v
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """States along a rollout.
+
+    Attributes:
+        x: (S + 1, B, ...), x[0] the start and x[-1] the sample.
+        v: (S, B, ...), the velocity each step moved along: x[i + 1] = x[i] + (grid[i + 1] - grid[i]) v[i].
+        grid: S + 1 times.
+        nfe: network evaluations per sample.
+    """
+
+    x: Tensor
+    v: Tensor
+    grid: tuple[float, ...]
+    nfe: int
+
+
+def rollout(
+    velocity: Velocity, x: Tensor, grid: Sequence[float], cond: Any, solver: Solver = "euler"
+) -> Trajectory:
+    """Integrates from grid[0] to grid[-1] = 0 and keeps every state. Differentiable unless under no_grad.
+
+    Args:
+        velocity: velocity(x_t, t, cond).
+        x: (B, ...), the state at time grid[0] (pure noise if that is 1).
+        grid: S + 1 decreasing times ending at 0.
+        cond: handed to `velocity` unchanged.
+        solver: "euler" or "heun".
+
+    Raises:
+        ValueError: bad grid or unknown solver.
+    """
+    step, times, x = _step(solver), check_grid(grid), wide(x)
+    counted = _Counted(velocity)
+    xs, vs = [x], []
+    for t_cur, t_next in zip(times[:-1], times[1:], strict=True):
+        x, v = step(counted, x, _full(t_cur, x), _full(t_next, x), cond)
+        xs.append(x)
+        vs.append(v)
+    return Trajectory(torch.stack(xs), torch.stack(vs), times, counted.nfe)
+
+
+def integrate(
+    velocity: Velocity,
+    x: Tensor,
+    t_from: Tensor,
+    t_to: Tensor,
+    cond: Any,
+    substeps: int,
+    solver: Solver = "euler",
+) -> Tensor:
+    """Integrates each sample from its own t_from to its own t_to in `substeps` uniform steps.
+
+    Args:
+        velocity: velocity(x_t, t, cond).
+        x: (B, ...), the states at t_from.
+        t_from: (B,), float32 or wider.
+        t_to: (B,), float32 or wider.
+        cond: handed to `velocity` unchanged.
+        substeps: at least 1.
+        solver: "euler" or "heun".
+
+    Returns:
+        (B, ...), the states at t_to.
+
+    Raises:
+        ValueError: `substeps` < 1, unknown solver, or times that are not (B,).
+        TypeError: times narrower than float32.
+    """
+    if substeps < 1:
+        raise ValueError(f"substeps must be at least 1, got {substeps}")
+    step, x = _step(solver), wide(x)
+    t_cur = t_from
+    for k in range(1, substeps + 1):
+        # the last time is t_to itself: rounding must not turn 0 into 1e-9
+        t_next = t_to if k == substeps else t_from + (t_to - t_from) * (k / substeps)
+        x, _ = step(velocity, x, t_cur, t_next, cond)
+        t_cur = t_next
+    return x
+
+
+class _Counted:
+    """A velocity that counts its network evaluations."""
+
+    def __init__(self, velocity: Velocity) -> None:
+        self.velocity, self.nfe = velocity, 0
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+        self.nfe += int(getattr(self.velocity, "nfe_per_call", 1))
+        return self.velocity(x_t, t, cond)
+
+
+def _full(t: float, x: Tensor) -> Tensor:
+    return torch.full((len(x),), t, dtype=x.dtype, device=x.device)
+
+
+def _step(solver: str) -> Step:
+    steps: dict[str, Step] = {"euler": euler_step, "heun": heun_step}
+    if solver not in steps:
+        raise ValueError(f"unknown solver {solver!r}: one of {', '.join(steps)}")
+    return steps[solver]

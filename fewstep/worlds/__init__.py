@@ -1,0 +1,1 @@
+"""Worlds small enough that the right answer is known."""
