@@ -41,8 +41,8 @@ class TextCond:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "TextCond":
         """Copies to a device and/or float type; None keeps what there is."""
-        tokens, pooled = self.tokens.to(device=device, dtype=dtype), self.pooled.to(device=device, dtype=dtype)
-        return TextCond(tokens, pooled)
+        pooled = self.pooled.to(device=device, dtype=dtype)
+        return TextCond(self.tokens.to(device=device, dtype=dtype), pooled)
 
     def expand(self, n: int) -> "TextCond":
         """Repeats a batch of 1 to n without copying; a batch of n is returned as it is.

@@ -5,8 +5,8 @@
     x0_hat = x_t - t v                eps_hat = x_t + (1 - t) v
     score(x_t, t) = -eps_hat / t      (only if v is the conditional mean under independent noise)
 
-`t` is always (B,) and float32 or wider: in bfloat16 the numbers 0.898 and 0.9 are the same, so a narrower `t` is
-refused. States may have any trailing shape and any float type; results are float32 or wider, because `t` is.
+`t` is always (B,) and float32 or wider: in bfloat16 the numbers 0.898 and 0.9 are the same, so a narrower `t`
+is refused. States may have any trailing shape and float type; results are float32 or wider, because `t` is.
 """
 
 from collections.abc import Callable

@@ -52,8 +52,8 @@ def shifted_grid(num_steps: int, shift: float = 3.0) -> tuple[float, ...]:
 def stock_twice_shifted_grid(num_steps: int, shift: float = 3.0) -> tuple[float, ...]:
     """What the stock flow-matching Euler scheduler visits when only a number of steps is given.
 
-    It stores its smallest noise level already shifted and shifts the whole grid again, so four steps of shift 3
-    are (1, .858, .602, .009, 0) rather than (1, .9, .75, .5, 0). Exists for parity with stock samplers only.
+    It stores its smallest noise level already shifted and shifts the whole grid again, so four steps of shift
+    3 are (1, .858, .602, .009, 0) rather than (1, .9, .75, .5, 0). For parity with stock samplers only.
 
     Raises:
         ValueError: `num_steps` < 2 (the scheduler's last step is its smallest noise level).
@@ -79,7 +79,7 @@ def check_grid(grid: Sequence[float]) -> tuple[float, ...]:
             raise ValueError(f"grid[{i}] = {t} is outside [0, 1]; times are not 0..1000: {times}")
     for i in range(1, len(times)):
         if not times[i] < times[i - 1]:
-            raise ValueError(f"a grid strictly decreases, but {times[i - 1]} is followed by {times[i]}: {times}")
+            raise ValueError(f"a grid strictly decreases, but {times[i]} follows {times[i - 1]}: {times}")
     if times[-1] != 0:
         raise ValueError(f"a grid ends at 0 (data), but this one ends at {times[-1]}: append 0.0")
     return times
@@ -112,4 +112,3 @@ def uniform_t(u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
     if not 0 <= low <= high <= 1:
         raise ValueError(f"need 0 <= low <= high <= 1, got low {low}, high {high}")
     return low + (high - low) * u
-

@@ -2,8 +2,8 @@
 
 The address is hashed to 64 bits by folding its three integers with splitmix64's finaliser, and a generator is
 reseeded with it for every sample. Sample `index` therefore gets the same noise alone, in any batch, in any
-order, and on any number of ranks. `step` doubles as a stream number: a caller that needs several draws for one
-image gives each its own constant. Numbers are made on the CPU, so they do not depend on the device. (PyTorch's
+order, and on any number of ranks. `step` doubles as a stream number: a caller that needs several draws for
+one image gives each its own constant. Numbers are made on the CPU, so the device does not matter. (PyTorch's
 CPU generator keeps 32 bits of its seed: two given addresses share their noise with probability 2^-32.)
 """
 

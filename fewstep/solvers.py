@@ -1,7 +1,8 @@
 """Samplers as functions of (velocity, x, grid). No state, no scheduler object.
 
-Every step has the form x_next = x + (t_next - t_cur) v: for Euler v is the velocity at x, for Heun the mean of
-the velocities at both ends. States are float32 or wider. NFE is calls times `velocity.nfe_per_call` (default 1).
+Every step has the form x_next = x + (t_next - t_cur) v: for Euler v is the velocity at x, for Heun the mean
+of the velocities at both ends. States are float32 or wider. NFE is calls times `velocity.nfe_per_call`, which
+is 1 where absent.
 """
 
 from collections.abc import Callable, Sequence
