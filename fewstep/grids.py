@@ -32,7 +32,7 @@ def shift(t: Time, s: float) -> Time:
         raise ValueError(f"shift must be positive, got {s} (1 is off)")
     if isinstance(t, Tensor):
         check_wide(t)
-    return s * t / (1 + (s - 1) * t)
+    return s * t / (s * t + (1 - t))  # in this form 1 maps to 1 exactly, never above
 
 
 _shift = shift  # the functions below have an argument of the same name

@@ -4,8 +4,8 @@ A student step starts at x_i (time t_i) with velocity v. It fixes an anchor, a p
 
     x_s = x_i + (s - t_i) v
 
-from which the evaluation point x_tau is reached by adding noise, or none. There teacher and proxy are read, and
-the student is moved along their difference:
+from which the evaluation point x_tau is reached by adding noise, or none. There teacher and proxy are read,
+and the student is moved along their difference:
 
     d = v_teacher(x_tau, tau) - v_proxy(x_tau, tau)      no gradient
     g = w(tau) tau d / n                                 tau d = x0_hat of the proxy - x0_hat of the teacher
@@ -20,8 +20,8 @@ the student is moved along their difference:
 | anchor "end"; last step of "next" | 0      | U(tau_range)    | (1 - tau) x_s + tau eps            |
 | the same, own noise               | 0      | U(tau_range)    | (1 - tau) x_s + tau sg[eps_hat]    |
 
-The paper describes the sharing of timesteps. That the point is read where the step lands, the surrogate, and the
-last step (whose shared time would be 0, where the score of clean data is not defined) are our reading.
+The paper describes the sharing of timesteps. That the point is read where the step lands, the surrogate, and
+the last step (whose shared time would be 0, where the score of clean data is not defined) are our reading.
 """
 
 from collections.abc import Callable
@@ -53,9 +53,9 @@ class Switches:
             `normaliser_floor`. "none": n = 1.
         normaliser_floor: smallest n, positive.
         last_step: noise of the last step of anchor "next": "renoise" is fresh, "own_noise" the student's own.
-        weight: "one": w = 1. "kl": w = (dx_tau/dx_s) (1 - tau) / tau^2; with normaliser "none" the gradient is
-            then that of KL(student || teacher) at tau, over D, if the proxy is the student's exact velocity
-            (own noise counts as a constant).
+        weight: "one": w = 1. "kl": w = (dx_tau/dx_s) (1 - tau) / tau^2; with normaliser "none" the gradient
+            is then that of KL(student || teacher) at tau, over D, if the proxy is the student's exact
+            velocity (own noise counts as a constant).
     """
 
     anchor: Literal["next", "end"] = "next"

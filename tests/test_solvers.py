@@ -1,0 +1,126 @@
+"""Solvers converge at their order and are exact where they must be."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep import solvers
+from fewstep.worlds.mixture import GaussianMixture
+
+MEAN, STD = 0.7, 0.4
+GAUSSIAN = GaussianMixture(
+    torch.full((1, 2), MEAN).double(), torch.tensor([STD]).double(), torch.ones(1).double()
+)
+
+
+def _noise(batch: int = 5) -> Tensor:
+    return torch.randn(batch, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def _state(z: Tensor, t: float) -> Tensor:
+    """Exact flow of the Gaussian from z at time 1 to time t."""
+    return (1 - t) * MEAN + math.sqrt((1 - t) ** 2 * STD**2 + t**2) * z
+
+
+def _slope(errors: dict[int, float]) -> float:
+    """Order of convergence: minus the slope of log error over log steps, by least squares."""
+    n = torch.tensor([math.log(k) for k in errors])
+    e = torch.tensor([math.log(errors[k]) for k in errors])
+    return -float(((n - n.mean()) * (e - e.mean())).sum() / (n - n.mean()).square().sum())
+
+
+def _uniform(num_steps: int) -> tuple[float, ...]:
+    return tuple(1 - i / num_steps for i in range(num_steps)) + (0.0,)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+def test_order_of_a_rollout(solver, order):
+    z = _noise()
+    errors = {}
+    for n in (32, 64, 128, 256):
+        x = solvers.rollout(GAUSSIAN.velocity, z, _uniform(n), None, solver).x[-1]
+        errors[n] = float((x - _state(z, 0.0)).abs().max())
+    assert _slope(errors) == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+def test_order_of_integrate_with_a_time_per_sample(solver, order):
+    z = _noise(3)
+    t_from, t_to = torch.tensor([1.0, 0.9, 0.5]).double(), torch.tensor([0.75, 0.1, 0.2]).double()
+    start = torch.stack([_state(z[i], float(t)) for i, t in enumerate(t_from)])
+    end = torch.stack([_state(z[i], float(t)) for i, t in enumerate(t_to)])
+    errors = {}
+    for n in (16, 32, 64, 128):
+        x = solvers.integrate(GAUSSIAN.velocity, start, t_from, t_to, None, n, solver)
+        errors[n] = float((x - end).abs().max())
+    assert _slope(errors) == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_one_step_is_exact_on_a_straight_path(solver):
+    x0, eps = _noise(4), _noise(4).flip(0)
+    x = solvers.rollout(lambda x, t, c: eps - x0, eps, (1.0, 0.0), None, solver).x[-1]
+    torch.testing.assert_close(x, x0, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_trajectory_records_what_happened(solver):
+    grid = (1.0, 0.9, 0.75, 0.5, 0.0)
+    tr = solvers.rollout(GAUSSIAN.velocity, _noise(), grid, None, solver)
+    assert tr.x.shape == (5, 5, 2) and tr.v.shape == (4, 5, 2) and tr.grid == grid
+    for i in range(4):
+        torch.testing.assert_close(
+            tr.x[i + 1], tr.x[i] + (grid[i + 1] - grid[i]) * tr.v[i], rtol=0, atol=1e-15
+        )
+
+
+def test_integrate_walks_the_same_path_as_rollout():
+    z = _noise()
+    ones = torch.ones(5, dtype=torch.float64)
+    x = solvers.integrate(GAUSSIAN.velocity, z, ones, 0 * ones, None, 8, "heun")
+    torch.testing.assert_close(x, solvers.rollout(GAUSSIAN.velocity, z, _uniform(8), None, "heun").x[-1])
+
+
+def test_calls_are_counted_and_heun_does_not_look_at_zero():
+    seen: list[float] = []
+
+    def velocity(x: Tensor, t: Tensor, cond: None) -> Tensor:
+        seen.append(float(t[0]))
+        return x
+
+    assert solvers.rollout(velocity, _noise(), (1.0, 0.5, 0.0), None).nfe == len(seen) == 2
+    seen.clear()
+    assert solvers.rollout(velocity, _noise(), (1.0, 0.5, 0.0), None, "heun").nfe == len(seen) == 3
+    assert min(seen) > 0
+
+
+def test_heun_in_a_mixed_batch_treats_each_sample_as_if_alone():
+    x, t = _noise(2), torch.tensor([0.5, 0.5], dtype=torch.float64)
+    t_next = torch.tensor([0.0, 0.25], dtype=torch.float64)
+    both, _ = solvers.heun_step(GAUSSIAN.velocity, x, t, t_next, None)
+    for i in range(2):
+        alone, _ = solvers.heun_step(GAUSSIAN.velocity, x[i : i + 1], t[:1], t_next[i : i + 1], None)
+        torch.testing.assert_close(both[i : i + 1], alone, rtol=0, atol=1e-15)
+
+
+def test_low_precision_states_are_integrated_in_float32():
+    seen = []
+
+    def velocity(x: Tensor, t: Tensor, cond: None) -> Tensor:
+        seen.append((x.dtype, t.dtype))
+        return x.bfloat16()
+
+    tr = solvers.rollout(velocity, _noise().bfloat16(), (1.0, 0.5, 0.0), None)
+    assert tr.x.dtype == torch.float32 and set(seen) == {(torch.float32, torch.float32)}
+
+
+def test_bad_requests_are_refused():
+    one = torch.ones(5, dtype=torch.float64)
+    with pytest.raises(ValueError, match="euler, heun"):
+        solvers.rollout(GAUSSIAN.velocity, _noise(), (1.0, 0.0), None, "rk4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="substeps"):
+        solvers.integrate(GAUSSIAN.velocity, _noise(), one, 0 * one, None, 0)
+    with pytest.raises(TypeError, match="float32"):
+        solvers.integrate(GAUSSIAN.velocity, _noise(), one.half(), one.half() * 0, None, 2)
