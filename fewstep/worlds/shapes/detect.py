@@ -43,6 +43,7 @@ FADE = 0.85  # thin shapes lose this much colour to blur; a pixel so faded still
 TINT_REACH = 0.12  # sRGB per channel; a background this close to the nominal one is balanced to it
 STAIN = 0.085  # OKLab; visibly not background: half of the faintest colour's distance
 SPECK = 8  # pixels; a stray mark below this (8 % of the smallest object's area) is forgiven
+FAINT = 0.1  # coverage this close to none or all is taken as such in the IoU, so noise does not add up
 MIN_IOU = 0.80
 MIN_SHARE = 0.62  # on the way from any other shape (0) to the one named (1); 0.5 is as much one as the other
 MIN_PURITY = 0.75  # share of the core that must have the object's colour
@@ -287,6 +288,10 @@ def _pixels(size: int, blur: float) -> Float:
     return weights
 
 
+def _firm(coverage: Float) -> Float:
+    return np.clip((coverage - FAINT) / (1 - 2 * FAINT), 0.0, 1.0)
+
+
 def _compare(alpha: Float, hits: Float) -> tuple[int, float, float]:
     """The shape nearest to a coverage mask (h, w) among sampled shapes (4, 3h, 3w), at the best blur.
 
@@ -297,8 +302,9 @@ def _compare(alpha: Float, hits: Float) -> tuple[int, float, float]:
     for extra in EXTRA_BLURS:
         blur = float(np.hypot(SMOOTHING, extra))
         soft = _pixels(alpha.shape[0], blur) @ hits @ _pixels(alpha.shape[1], blur).T
-        overlap = np.minimum(alpha, soft).sum(axis=(1, 2))
-        iou = overlap / (alpha.sum() + soft.sum(axis=(1, 2)) - overlap)
+        seen, drawn = _firm(alpha), _firm(soft)
+        overlap = np.minimum(seen, drawn).sum(axis=(1, 2))
+        iou = overlap / (seen.sum() + drawn.sum(axis=(1, 2)) - overlap)
         if iou.max() > best_iou:
             best, best_iou, best_soft = int(iou.argmax()), float(iou.max()), soft
     shares = []
