@@ -56,7 +56,7 @@ def any_ask(draw: st.DrawFn) -> Ask:
     relation = draw(st.none() | st.sampled_from([*RELATIONS, "larger than"]))
     n = 2 if relation else draw(st.integers(1, 2))
     counts = [1] * n if relation else draw(st.lists(st.integers(1, 4), min_size=n, max_size=n))
-    return Ask(tuple(draw(things) for _ in range(n)), tuple(counts), relation)
+    return Ask(tuple(draw(things) for _ in range(n)), tuple(counts), relation)  # type: ignore[arg-type]
 
 
 def test_every_wording_of_every_task_reads_back_and_fits() -> None:

@@ -22,7 +22,9 @@ from fewstep.worlds.shapes.scene import (
     SIZES,
     SQUARE_REACH,
     Object,
+    Relation,
     Scene,
+    Shape,
     Wanted,
     place,
     relation_holds,
@@ -73,9 +75,9 @@ def test_wanted_attributes_are_kept_and_open_ones_vary() -> None:
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
-def test_a_relation_asked_for_holds_within_30_degrees(relation: str) -> None:
+def test_a_relation_asked_for_holds_within_30_degrees(relation: Relation) -> None:
     rng = np.random.default_rng(0)
-    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[relation]
+    opposite = RELATIONS[RELATIONS.index(relation) ^ 1]
     for _ in range(40):
         a, b = place([Wanted(), Wanted()], rng, relation).objects
         assert relation_holds(a, relation, b) and relation_holds(b, opposite, a)
@@ -93,7 +95,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rendered_area_follows_the_geometry(shape: str) -> None:
+def test_rendered_area_follows_the_geometry(shape: Shape) -> None:
     area = {"circle": np.pi, "square": 1.72**2, "triangle": 0.56 * 1.9**2, "cross": 4 * 0.68 - 0.68**2}[shape]
     mask, _, _ = coverage(Object(shape, "red", "large", 31.3, 33.8, 12.0))
     assert mask.sum() == pytest.approx(area * 12.0**2, rel=0.02)  # 4 x 4 samples per pixel

@@ -1,4 +1,4 @@
-"""Scoring: what each rule accepts and refuses, stated on scenes read perfectly; then once more through pixels."""
+"""Scoring: what each rule accepts and refuses, on scenes read perfectly; then once more through pixels."""
 
 import itertools
 
@@ -172,14 +172,14 @@ def test_directions(dx: float, dy: float, strict: set[str], geneval: set[str]) -
 
 
 def test_the_dead_zone_of_geneval_is_a_tenth_of_both_boxes() -> None:
-    """Two circles of radius 10, 8 px apart: (8 - 0.1 * 40) / 8 = 0.5 is not beyond 0.5, a little farther is."""
+    """Two circles of radius 10, 8 px apart: (8 - 0.1 * 40) / 8 = 0.5 is not beyond 0.5; a bit more is."""
     b = at("large red circle", 32, 32, 10.0)
     assert not geneval_relation(at("large red circle", 40.0, 32, 10.0), "right of", b)
     assert geneval_relation(at("large red circle", 40.1, 32, 10.0), "right of", b)
 
 
 def test_geneval_measures_from_box_centres() -> None:
-    """A triangle's box reaches 1 radius up and 0.9 down, so its centre is 0.05 radii above the nominal one."""
+    """A triangle's box reaches 1 radius up and 0.9 down, so its centre is 0.05 radii higher."""
     triangle, circle = at("large red triangle", 32, 32, 12.0), at("large red circle", 32, 32, 12.0)
     assert not geneval_relation(triangle, "above", circle)
     zone = 0.1 * (1.9 * 12 + 2 * 12)
@@ -192,10 +192,15 @@ def test_larger_than_wants_a_fifth_more_in_strict() -> None:
     b = at("small red circle", radius=10.0)
     for radius, strict, geneval in ((9.9, False, False), (11.9, False, True), (12.1, True, True)):
         a = at("large blue square", radius=radius)
-        assert (strict_relation(a, "larger than", b), geneval_relation(a, "larger than", b)) == (
-            strict,
-            geneval,
-        )
+        assert strict_relation(a, "larger than", b) is strict
+        assert geneval_relation(a, "larger than", b) is geneval
+
+
+def test_a_relation_of_several_holds_for_each() -> None:
+    text = "two circles left of a square"
+    left, middle, right = (at("small red circle", x) for x in (10, 20, 55))
+    assert verdict(seen(left, middle, at("small blue square", 40)), text) == (True, True)
+    assert verdict(seen(left, right, at("small blue square", 40)), text) == (False, False)
 
 
 def test_nothing_on_the_canvas_satisfies_nothing() -> None:

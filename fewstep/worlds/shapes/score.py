@@ -161,11 +161,12 @@ def _assignments(
 
 
 def _related(chosen: tuple[Found, ...], ask: Ask, strict: bool) -> bool:
-    """Whether the first thing's object stands to the second's as asked; `chosen` goes by `ask.objects`."""
+    """Whether all objects of the first thing stand so to all of the second; `chosen` as `ask.objects`."""
     if ask.relation is None:
         return True
     holds = strict_relation if strict else geneval_relation
-    return holds(chosen[0], ask.relation, chosen[ask.counts[0]])
+    first, second = chosen[: ask.counts[0]], chosen[ask.counts[0] :]
+    return all(holds(a, ask.relation, b) for a in first for b in second)
 
 
 def _missing(detection: Detection, ask: Ask) -> str:
