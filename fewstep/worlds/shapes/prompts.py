@@ -46,9 +46,12 @@ def is_held_out(ask: Ask) -> bool:
     return any((w.shape, w.color) in HELD_OUT for w in ask.things)
 
 
-def split_of(text: str) -> Split:
-    """The side a prompt text is on, by a hash: selection and report never share a prompt."""
-    return "select" if hashlib.sha256(text.encode()).digest()[0] % 3 == 0 else "report"
+def split_of(ask: Ask) -> Split:
+    """The side a request is on, in all its wordings, by a hash: selection and report share no request.
+
+    The salt is the first that leaves every small task requests on both sides (single objects have four in all).
+    """
+    return "select" if hashlib.sha256(f"7:{wordings(ask)[0]}".encode()).digest()[0] % 3 == 0 else "report"
 
 
 def protocol_prompts(split: Split, per_task: int, tasks: tuple[Task, ...], held_out: bool = False) -> list[Prompt]:
@@ -69,8 +72,9 @@ def protocol_prompts(split: Split, per_task: int, tasks: tuple[Task, ...], held_
         raise ValueError(f"per_task must be at least 1, not {per_task}")
     chosen: list[Prompt] = []
     for task in tasks:
-        texts = {t: ask for ask in asks(task) if is_held_out(ask) == held_out for t in wordings(ask)}
-        ordered = sorted((t for t in texts if split_of(t) == split), key=lambda t: hashlib.sha256(t.encode()).digest())
+        asked = [ask for ask in asks(task) if is_held_out(ask) == held_out and split_of(ask) == split]
+        texts = {t: ask for ask in asked for t in wordings(ask)}
+        ordered = sorted(texts, key=lambda t: hashlib.sha256(t.encode()).digest())
         chosen += [Prompt(t, texts[t], task) for t in ordered[:per_task]]
     return chosen
 

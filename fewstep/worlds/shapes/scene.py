@@ -40,7 +40,7 @@ BACKGROUND_RGB = (226, 226, 226)
 RADIUS: dict[Size, float] = {"small": 7.0, "large": 12.0}
 RADIUS_JITTER = 0.07  # relative, uniform on both sides, so the two bands never meet
 MARGIN = 1.5  # pixels kept free between an object's box and the edge of the canvas
-SQUARE_REACH = 1.22  # a square's corner reaches 1.22 radii (all shapes have about a circle's area)
+SQUARE_REACH = 1.22  # a square's corner reaches 1.22 radii; two base corners of triangles, 1.39, rarely meet
 GAP = 2.0  # pixels kept free between the circumscribed circles of two objects
 
 

@@ -1,0 +1,109 @@
+"""Checkpoints: any nesting of dicts, lists, tensors and numbers, as one safetensors file and one JSON file.
+
+A checkpoint is a folder `checkpoint-<images>` that appears by a rename once it is whole; a process killed while
+writing leaves only a `.partial` folder, which nothing reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class Stateful(Protocol):
+    """Anything that can be put in a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
+    """Split a nested value into JSON (returned) and tensors (collected under their path)."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().contiguous()
+        return {"__tensor__": path}
+    if isinstance(value, Mapping):  # keys may be ints, as in optimiser states
+        return {"__dict__": [[key, pack(item, tensors, f"{path}/{key}")] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return {"__list__": [pack(item, tensors, f"{path}/{i}") for i, item in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"cannot checkpoint {type(value).__name__} at {path!r}")
+
+
+def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `pack`; tuples come back as lists."""
+    if not isinstance(value, dict):
+        return value
+    if "__tensor__" in value:
+        return tensors[value["__tensor__"]]
+    if "__dict__" in value:
+        return {key: unpack(item, tensors) for key, item in value["__dict__"]}
+    return [unpack(item, tensors) for item in value["__list__"]]
+
+
+def save(folder: Path, parts: Mapping[str, Stateful], images_seen: int, keep: int = 1) -> Path:
+    """Write `folder/checkpoint-<images_seen>` and delete all but the newest `keep` checkpoints.
+
+    Raises:
+        OSError: when the disk is full or the folder cannot be written; older checkpoints are then untouched.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = {name: pack(part.state_dict(), tensors, name) for name, part in parts.items()}
+    # Tied or shared storages are cloned: safetensors refuses aliases, and equal values restore equally.
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        if tensor.numel() and tensor.data_ptr() in seen:
+            tensors[key] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    target, partial = folder / f"checkpoint-{images_seen}", folder / f"checkpoint-{images_seen}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(tensors, partial / "state.safetensors")
+    (partial / "state.json").write_text(json.dumps({"images_seen": images_seen, "parts": tree}))
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+    for old in found(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def found(folder: Path) -> list[Path]:
+    """Whole checkpoints of a folder, oldest first."""
+    whole = [p for p in folder.glob("checkpoint-*") if p.suffix != ".partial" and (p / "state.json").exists()]
+    return sorted(whole, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def restore(folder: Path, parts: Mapping[str, Stateful]) -> int:
+    """Load the newest checkpoint into `parts`; returns the images seen, 0 when there is none.
+
+    Raises:
+        ValueError: when the checkpoint holds other parts than asked for (another stage or recipe wrote it).
+    """
+    whole = found(folder)
+    if not whole:
+        return 0
+    record = json.loads((whole[-1] / "state.json").read_text())
+    if set(record["parts"]) != set(parts):
+        raise ValueError(
+            f"{whole[-1]} holds {sorted(record['parts'])}, this stage needs {sorted(parts)}: "
+            "it was written by another stage or version; choose another --out"
+        )
+    tensors = load_file(whole[-1] / "state.safetensors")
+    for name, part in parts.items():
+        part.load_state_dict(unpack(record["parts"][name], tensors))
+    return int(record["images_seen"])
+
+
+def default_threads() -> int:
+    """Torch's CPU threads: all cores this process may use, so that runs on one machine agree bit for bit."""
+    return max(1, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else torch.get_num_threads()

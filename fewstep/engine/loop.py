@@ -1,0 +1,74 @@
+"""The loop: count images, step, average, log, checkpoint, stop. Everything random in a step is addressed by the count."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from fewstep.engine import checkpoint
+from fewstep.engine.log import Metrics, Progress
+
+Step = Callable[[int], Mapping[str, float]]
+
+
+def train(
+    step: Step,
+    parts: Mapping[str, checkpoint.Stateful],
+    *,
+    stage: str,
+    total_images: int,
+    images_per_step: int,
+    work: Path,
+    metrics: Path,
+    checkpoint_every_s: float = 120.0,
+    log_every: int = 20,
+) -> int:
+    """Call `step(images_seen)` until `total_images`, resuming from the newest checkpoint in `work`.
+
+    A step must draw all randomness from addresses made of `images_seen` (`fewstep.noise`): then ten steps equal five,
+    a kill, and five, bit for bit on a CPU.
+
+    Args:
+        step: one update; takes the images seen before it, returns figures for the log.
+        parts: what a checkpoint holds: networks, optimisers, averages.
+        stage: name in the log and on the progress line.
+        total_images: stopping rule.
+        images_per_step: how far one step moves the count.
+        work: folder for checkpoints.
+        metrics: the run's metrics.jsonl.
+        checkpoint_every_s: seconds between checkpoints.
+        log_every: steps between rows of the log.
+
+    Returns:
+        Images seen at the end.
+
+    Raises:
+        ValueError: for a budget below one step.
+        FloatingPointError: when a logged figure is not finite; the last checkpoint is kept.
+    """
+    if total_images < images_per_step:
+        raise ValueError(f"{stage}.images = {total_images} is less than one step of {images_per_step} images")
+    seen = checkpoint.restore(work, parts)
+    log, progress = Metrics(metrics, stage, seen), Progress(stage, total_images, seen)
+    saved = time.monotonic()
+    note = ""
+    while seen < total_images:
+        figures = step(seen)
+        seen += images_per_step
+        if (seen // images_per_step) % log_every == 0 or seen >= total_images:
+            values = {name: float(value) for name, value in figures.items()}
+            bad = [name for name, value in values.items() if not -1e30 < value < 1e30]
+            if bad:
+                raise FloatingPointError(
+                    f"{stage}: {', '.join(bad)} is not finite after {seen:,} images; lower {stage}.optim.lr. "
+                    f"The last checkpoint in {work} is intact"
+                )
+            log.write(seen, values)
+            note = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        progress.show(seen, note)
+        if time.monotonic() - saved > checkpoint_every_s and seen < total_images:
+            checkpoint.save(work, parts, seen)
+            saved = time.monotonic()
+    progress.close(note)
+    return seen

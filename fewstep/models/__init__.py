@@ -1,0 +1,1 @@
+"""Networks: diffusers folders in, velocities out. Models never import objectives."""

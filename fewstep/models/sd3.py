@@ -1,0 +1,122 @@
+"""SD3 and SD3.5 through diffusers: a pipeline folder in, text conditions and a velocity out.
+
+The `StableDiffusion3Pipeline` object is only a container here: its parts are called directly, so that a batch, a time
+and a gradient are ours to choose. `encode` gives what the stock pipeline's `encode_prompt` gives (tested).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor, nn
+
+from fewstep.conditioning import EncoderOutputs, TextCond, assemble
+from fewstep.flow import Velocity
+
+NETWORKS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+TRAIN_TIMESTEPS = 1000.0  # the network's time input is 1000 t
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> StableDiffusion3Pipeline:
+    """Open a diffusers pipeline folder, frozen and in evaluation mode.
+
+    Raises:
+        ValueError: when the folder is not an SD3 pipeline; says what is missing.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(
+            f"{folder} is not a model: {index.name} is missing. Give a diffusers pipeline folder, such as one that "
+            "`fewstep run` wrote (runs/<name>/<stage>)"
+        )
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.disable_progress_bar()
+    try:
+        pipe = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder} does not open as StableDiffusion3Pipeline: {error}") from error
+    for name in NETWORKS:
+        network = getattr(pipe, name)
+        if network is not None:
+            network.requires_grad_(False).eval()
+    return pipe
+
+
+def velocity(transformer: nn.Module | Callable[..., Any], autocast: torch.dtype | None = None) -> Velocity:
+    """The network as `velocity(x_t (B, 16, H, W), t (B,) in [0, 1], TextCond)`, float32 out.
+
+    Args:
+        transformer: an `SD3Transformer2DModel`, or a compiled one.
+        autocast: run the network under autocast of this type; None computes as the weights are stored.
+    """
+
+    def call(x_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
+        with torch.autocast(x_t.device.type, autocast) if autocast else nullcontext():
+            out = transformer(
+                hidden_states=x_t,
+                timestep=t.float() * TRAIN_TIMESTEPS,
+                encoder_hidden_states=cond.tokens,
+                pooled_projections=cond.pooled,
+                return_dict=False,
+            )[0]
+        return out.float()
+
+    return call
+
+
+def tokenize(pipe: StableDiffusion3Pipeline, prompts: Sequence[str], t5_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids for the three encoders, (B, L_clip), (B, L_clip), (B, t5_tokens), padded and cut as stock SD3 does."""
+    texts = list(prompts)
+
+    def ids(tokenizer: Any, length: int) -> Tensor:
+        return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+    clip_length = pipe.tokenizer.model_max_length
+    return ids(pipe.tokenizer, clip_length), ids(pipe.tokenizer_2, clip_length), ids(pipe.tokenizer_3, t5_tokens)
+
+
+def encode_ids(pipe: StableDiffusion3Pipeline, ids: tuple[Tensor, Tensor, Tensor]) -> EncoderOutputs:
+    """Run the three encoders on token ids; gradients flow if the encoders want them."""
+    clip_l = pipe.text_encoder(ids[0], output_hidden_states=True)
+    clip_g = pipe.text_encoder_2(ids[1], output_hidden_states=True)
+    return EncoderOutputs(
+        clip_l_tokens=clip_l.hidden_states[-2],
+        clip_l_pooled=clip_l[0],
+        clip_g_tokens=clip_g.hidden_states[-2],
+        clip_g_pooled=clip_g[0],
+        t5_tokens=pipe.text_encoder_3(ids[2])[0],
+    )
+
+
+@torch.no_grad()
+def encode(pipe: StableDiffusion3Pipeline, prompts: Sequence[str], t5_tokens: int) -> TextCond:
+    """Text conditions of prompts, as stock diffusers computes them."""
+    return assemble(encode_ids(pipe, tokenize(pipe, prompts, t5_tokens)))
+
+
+@torch.no_grad()
+def decode(pipe: StableDiffusion3Pipeline, x0: Tensor, batch: int = 64) -> Tensor:
+    """Latents (B, 16, H, W), scaled, to pixels (B, 3, 8H, 8W), nominally in [-1, 1]."""
+    config = pipe.vae.config
+    latents = x0.to(pipe.vae.dtype) / config.scaling_factor + config.shift_factor
+    return torch.cat([pipe.vae.decode(chunk, return_dict=False)[0].float() for chunk in latents.split(batch)])
+
+
+@torch.no_grad()
+def encode_pixels(pipe: StableDiffusion3Pipeline, pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, H, W) in [-1, 1] to scaled latents (B, 16, H/8, W/8): the posterior's mean."""
+    config = pipe.vae.config
+    latents = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist.mode()
+    return (latents.float() - config.shift_factor) * config.scaling_factor
+
+
+def quiet() -> None:
+    """Silence advice of the libraries that does not concern a user of fewstep (image processors, torchvision)."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
