@@ -30,7 +30,7 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of the bundled teacher. Joint attention runs over 16 image tokens and twice 14 text tokens.
+    """Sizes of the bundled teacher. Joint attention runs over 16 image tokens and twice 12 text tokens.
 
     Attributes:
         width: transformer width; a multiple of 64.

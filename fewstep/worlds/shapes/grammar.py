@@ -24,7 +24,7 @@ RELATION_WORDS: dict[Relation, tuple[str, ...]] = {
     "above": ("above",),
     "below": ("below",),
 }
-MAX_WORDS = 12  # the encoders read 14 tokens: these words, one start and one end mark
+MAX_WORDS = 10  # the encoders read 12 tokens: these words, one start and one end mark
 PLURAL: dict[Shape, str] = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 
 

@@ -1,0 +1,111 @@
+"""Artefacts: a diffusers folder and, beside it, `artifact.json` that says what it is and where it came from (D6)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from fewstep import __version__
+
+Kind = Literal["teacher", "student_trajectory", "student"]
+MAKER: dict[str, str] = {"teacher": "teacher", "student_trajectory": "trajectory", "student": "distribution"}
+RECORD = "artifact.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a model folder is.
+
+    Attributes:
+        kind: what the model is; `MAKER` names the stage that makes each kind.
+        recipe: name of the recipe.
+        grid: times the model is sampled at, decreasing, ending in 0.
+        guidance_scale: to sample with; 1 is off.
+        t5_tokens: T5 tokens it was trained with: `max_sequence_length` of the stock pipeline.
+        images_seen: training images of this stage.
+        parents: sha256 of the weights it was made from, by kind.
+        weights: sha256 of its own transformer weights.
+        metrics: figures of the stage that made it.
+        config: the stage's resolved settings.
+        fewstep: version that wrote it.
+    """
+
+    kind: Kind
+    recipe: str
+    grid: tuple[float, ...]
+    guidance_scale: float
+    t5_tokens: int
+    images_seen: int
+    parents: dict[str, str] = field(default_factory=dict)
+    weights: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    fewstep: str = __version__
+
+
+def weights_hash(folder: Path) -> str:
+    """sha256 over all safetensors files of a model folder, by relative name and content."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def write(folder: Path, record: Artifact, save_model: Callable[[Path], Any]) -> Artifact:
+    """Write a model folder and its record so that it appears whole or not at all.
+
+    Args:
+        folder: target; an artefact already there is replaced.
+        record: what it is; its `weights` are filled in here.
+        save_model: writes the diffusers folder.
+
+    Raises:
+        OSError: when the disk is full or the folder cannot be written; nothing is left at `folder` then.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_model(partial)
+    whole = Artifact(**{**record.__dict__, "weights": weights_hash(partial)})
+    (partial / RECORD).write_text(json.dumps(asdict(whole), indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    return whole
+
+
+def exists(folder: Path) -> bool:
+    """Whether a whole artefact lies there."""
+    return (folder / RECORD).is_file()
+
+
+def read(folder: Path, kind: Kind | None = None) -> Artifact:
+    """Read the record of a model folder, strictly.
+
+    Raises:
+        ValueError: no artefact, unknown or missing keys, or not of the wanted kind (names the stage that makes it).
+    """
+    path = folder / RECORD
+    if not folder.is_dir():
+        raise ValueError(f"{folder} does not exist; give a folder that `fewstep run` wrote, such as runs/demo/01-teacher")
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a fewstep artefact: {RECORD} is missing. Stages write one: fewstep run --help")
+    try:
+        raw = json.loads(path.read_text())
+        record = Artifact(**{**raw, "grid": tuple(raw["grid"])})
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged or of another version ({error}); make it again with its stage") from error
+    if record.kind not in get_args(Kind):
+        raise ValueError(f"{path}: kind {record.kind!r} is not one of {', '.join(get_args(Kind))}")
+    if kind is not None and record.kind != kind:
+        raise ValueError(
+            f"{folder} holds a {record.kind}, a {kind} is needed here; stage `{MAKER[kind]}` makes one: "
+            f"fewstep run RECIPE --stage {MAKER[kind]}"
+        )
+    return record
