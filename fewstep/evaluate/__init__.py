@@ -1,0 +1,1 @@
+"""Protocols, outcomes and statistics of evaluation. Nothing here runs a network; `stages.evaluate` does."""

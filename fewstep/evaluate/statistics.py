@@ -1,0 +1,113 @@
+"""Means with intervals. The unit of resampling is the prompt: seeds of one prompt succeed and fail together.
+
+Cluster bootstrap: within each task draw prompts with replacement, keep all their seeds, take the percentiles of
+the mean over many draws. A comparison bootstraps the differences on the same prompts, seeds and initial noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fewstep.worlds.shapes.grammar import GENEVAL_TASKS
+
+DRAWS = 10_000
+LEVEL = 0.95
+OVERALL = "overall"
+
+
+class Estimate(NamedTuple):
+    """A mean and its percentile interval."""
+
+    mean: float
+    lo: float
+    hi: float
+
+
+class Shares(NamedTuple):
+    """Shares of prompts with at least one seed right, and with all seeds right."""
+
+    any_seed: float
+    all_seeds: float
+
+
+def bootstrap(
+    values: ArrayLike, tasks: Sequence[str], draws: int = DRAWS, seed: int = 0, level: float = LEVEL
+) -> dict[str, Estimate]:
+    """Mean and interval of every task, and overall.
+
+    Args:
+        values: (prompts, seeds): verdicts, or differences of two arms' verdicts.
+        tasks: the task of each prompt.
+        draws: bootstrap draws.
+        seed: of the draws; arms with the same prompts get the same draws.
+        level: coverage of the interval.
+
+    Returns:
+        One estimate a task, and "overall", the mean of the six GenEval tasks, if all six are there.
+
+    Raises:
+        ValueError: `values` is not (prompts, seeds), or not aligned with `tasks`.
+    """
+    rows, names = _prompt_means(values, tasks), list(dict.fromkeys(tasks))
+    means: dict[str, float] = {}
+    drawn: dict[str, NDArray[np.float64]] = {}
+    for name in names:
+        own = rows[np.array([t == name for t in tasks])]
+        means[name] = float(own.mean())
+        # Centred, so that prompts which all agree give their mean exactly.
+        drawn[name] = own.mean() + resampling(len(own), draws, seed) @ (own - own.mean()) / len(own)
+    if set(GENEVAL_TASKS) <= set(names):
+        means[OVERALL] = float(np.mean([means[t] for t in GENEVAL_TASKS]))
+        drawn[OVERALL] = np.mean([drawn[t] for t in GENEVAL_TASKS], axis=0)
+    return {name: Estimate(means[name], *percentiles(drawn[name], level)) for name in drawn}
+
+
+def paired(
+    a: ArrayLike, b: ArrayLike, tasks: Sequence[str], draws: int = DRAWS, seed: int = 0, level: float = LEVEL
+) -> dict[str, Estimate]:
+    """Mean of a - b with its interval, as `bootstrap`; both (prompts, seeds) on the same prompts, seeds and noise.
+
+    Raises:
+        ValueError: the shapes differ or do not fit `tasks`.
+    """
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if first.shape != second.shape:
+        raise ValueError(f"a comparison needs the same prompts and seeds: {first.shape} and {second.shape}")
+    return bootstrap(first - second, tasks, draws, seed, level)
+
+
+def shares(values: ArrayLike, tasks: Sequence[str]) -> dict[str, Shares]:
+    """Shares of prompts right with at least one and with all seeds; tasks and overall as in `bootstrap`."""
+    right, names = np.asarray(values, dtype=bool), list(dict.fromkeys(tasks))
+    _prompt_means(values, tasks)
+    out: dict[str, Shares] = {}
+    for name in names:
+        own = right[np.array([t == name for t in tasks])]
+        out[name] = Shares(float(own.any(axis=1).mean()), float(own.all(axis=1).mean()))
+    if set(GENEVAL_TASKS) <= set(names):
+        out[OVERALL] = Shares(*(float(x) for x in np.mean([out[t] for t in GENEVAL_TASKS], axis=0)))
+    return out
+
+
+def resampling(count: int, draws: int, seed: int) -> NDArray[np.float64]:
+    """How often each of `count` prompts comes up in each draw: (draws, count), rows sum to `count`."""
+    rng = np.random.default_rng([seed, count])
+    return rng.multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)
+
+
+def percentiles(draws: NDArray[np.float64], level: float = LEVEL) -> tuple[float, float]:
+    """Ends of the central interval that holds `level` of the draws."""
+    lo, hi = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return float(lo), float(hi)
+
+
+def _prompt_means(values: ArrayLike, tasks: Sequence[str]) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 2 or array.shape[0] != len(tasks) or 0 in array.shape:
+        raise ValueError(f"values must be (prompts, seeds) with {len(tasks)} prompts, not {array.shape}")
+    means: NDArray[np.float64] = array.mean(axis=1)
+    return means

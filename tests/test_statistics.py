@@ -1,0 +1,98 @@
+"""Intervals: exact where the answer is known, honest about clusters, and covering what they say."""
+
+import numpy as np
+import pytest
+
+from fewstep.evaluate.statistics import OVERALL, Estimate, bootstrap, paired, percentiles, resampling, shares
+from fewstep.worlds.shapes.grammar import GENEVAL_TASKS, TASKS
+
+EVERY = [task for task in TASKS for _ in range(5)]
+
+
+def correlated(prompts: int, seeds: int, rng: np.random.Generator) -> np.ndarray:
+    """Verdicts whose seeds agree within a prompt: half of the prompts nearly always right, half nearly never."""
+    easy = rng.random((prompts, 1)) < 0.5
+    return rng.random((prompts, seeds)) < np.where(easy, 0.95, 0.05)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_verdicts_that_all_agree_have_no_width(value: float) -> None:
+    estimates = bootstrap(np.full((len(EVERY), 4), value), EVERY, draws=200)
+    assert set(estimates) == {*TASKS, OVERALL}
+    assert all(e == Estimate(value, value, value) for e in estimates.values())
+
+
+def test_an_arm_differs_from_itself_by_exactly_nothing() -> None:
+    verdicts = np.random.default_rng(0).random((len(EVERY), 4)) < 0.6
+    assert all(e == Estimate(0.0, 0.0, 0.0) for e in paired(verdicts, verdicts, EVERY, draws=200).values())
+
+
+def test_overall_is_the_mean_of_the_six_tasks() -> None:
+    rng = np.random.default_rng(1)
+    tasks = [task for task in TASKS for _ in range(3 + TASKS.index(task))]
+    estimates = bootstrap(rng.random((len(tasks), 2)) < 0.5, tasks, draws=100)
+    assert estimates[OVERALL].mean == pytest.approx(np.mean([estimates[t].mean for t in GENEVAL_TASKS]), abs=1e-15)
+    assert OVERALL not in bootstrap(np.ones((2, 1)), ["colors", "position"], draws=10)
+
+
+def test_means_are_plain_means_and_lie_in_their_interval() -> None:
+    values = np.array([[1, 0], [1, 1], [0, 0], [1, 0]])
+    estimate = bootstrap(values, ["a"] * 4)["a"]
+    assert estimate.mean == 0.5
+    assert estimate.lo < 0.5 < estimate.hi
+
+
+def test_two_prompts_have_three_outcomes_with_known_shares() -> None:
+    """Of two prompts, 0 and 1, draws average 0, 1/2, 1 with shares 1/4, 1/2, 1/4: the quartiles are known."""
+    drawn = resampling(2, 40_000, 0) @ np.array([0.0, 1.0]) / 2
+    assert np.mean(drawn == 0.5) == pytest.approx(0.5, abs=0.01)
+    assert percentiles(drawn, level=0.95) == (0.0, 1.0)
+    assert percentiles(drawn, level=0.40) == (0.5, 0.5)
+
+
+def test_interval_covers_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(2)
+    tasks, covered = ["a"] * 60, 0
+    for trial in range(400):
+        estimate = bootstrap(correlated(60, 4, rng), tasks, draws=400, seed=trial)["a"]
+        covered += estimate.lo <= 0.5 <= estimate.hi
+    assert 0.91 <= covered / 400 <= 0.98  # 0.95 less what a percentile interval misses at 60 prompts
+
+
+def test_seeds_that_agree_widen_the_interval() -> None:
+    rng = np.random.default_rng(3)
+    clustered = correlated(100, 8, rng)
+    shuffled = rng.permutation(clustered.ravel()).reshape(clustered.shape)
+    widths = [e.hi - e.lo for e in (bootstrap(v, ["a"] * 100)["a"] for v in (clustered, shuffled))]
+    # design effect: sqrt(1 + (m - 1) rho), here sqrt(1 + 7 * 0.81) = 2.6
+    assert 2.0 < widths[0] / widths[1] < 3.2
+
+
+def test_pairing_narrows_the_interval_of_arms_that_fail_alike() -> None:
+    rng = np.random.default_rng(4)
+    a = correlated(100, 4, rng)
+    b = a & (rng.random(a.shape) < 0.95)
+    estimate, alone = paired(a, b, ["a"] * 100)["a"], bootstrap(a, ["a"] * 100)["a"]
+    assert estimate.mean == pytest.approx(a.mean() - b.mean(), abs=1e-15)
+    assert estimate.hi - estimate.lo < 0.5 * (alone.hi - alone.lo)
+    assert estimate.lo >= 0.0  # b is never right where a is wrong
+
+
+def test_same_seed_same_interval_and_order_of_seeds_does_not_matter() -> None:
+    verdicts = correlated(40, 4, np.random.default_rng(5))
+    assert bootstrap(verdicts, ["a"] * 40) == bootstrap(verdicts[:, ::-1], ["a"] * 40)
+    assert bootstrap(verdicts, ["a"] * 40) != bootstrap(verdicts, ["a"] * 40, seed=1)
+
+
+def test_shares_of_prompts() -> None:
+    values = np.array([[1, 1], [1, 0], [0, 0], [0, 1]])
+    assert shares(values, ["a"] * 4)["a"] == (0.75, 0.25)
+    every = shares(np.ones((len(EVERY), 2)), EVERY)
+    assert every[OVERALL] == (1.0, 1.0)
+
+
+def test_what_is_not_aligned_is_refused() -> None:
+    with pytest.raises(ValueError, match="3 prompts"):
+        bootstrap(np.ones((4, 2)), ["a"] * 3)
+    with pytest.raises(ValueError, match="same prompts and seeds"):
+        paired(np.ones((4, 2)), np.ones((4, 3)), ["a"] * 4)
