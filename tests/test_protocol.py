@@ -32,7 +32,9 @@ def test_hash_changes_with_any_field() -> None:
     ]
     hashes = {SMALL.hash, *(p.hash for p in changed)}
     assert len(hashes) == 1 + len(changed)
-    assert replace(SMALL, prompts=(other, *SMALL.prompts)).hash != changed[0].hash  # order addresses the noise
+    assert (
+        replace(SMALL, prompts=(other, *SMALL.prompts)).hash != changed[0].hash
+    )  # order addresses the noise
 
 
 def test_same_call_same_protocol() -> None:
@@ -63,7 +65,9 @@ def test_role_swaps_are_neighbours(per_task: int) -> None:
     assert len(prompts) == per_task + per_task % 2
     for a, b in zip(prompts[::2], prompts[1::2], strict=True):
         assert swapped(a) == b and swapped(b) == a and a != b
-        assert a.ask.relation == b.ask.relation and sorted(a.text.split()) != [] and len(a.text) == len(b.text)
+        assert (
+            a.ask.relation == b.ask.relation and sorted(a.text.split()) != [] and len(a.text) == len(b.text)
+        )
 
 
 def test_noise_addresses_are_distinct() -> None:

@@ -79,7 +79,10 @@ def test_guidance_counts_and_acts(pipe, tmp_path: Path) -> None:
     plain, strong = arm(pipe), arm(pipe, "teacher_2_guided", scale=4.0)
     assert (plain.nfe, strong.nfe) == (2, 4)
     out = run(CONFIG, [plain, strong], pipe, MAX_TOKENS, tmp_path)
-    assert out["arms"]["teacher_2_guided"]["nfe"] == 4 and out["arms"]["teacher_2_guided"]["guidance_scale"] == 4.0
+    assert (
+        out["arms"]["teacher_2_guided"]["nfe"] == 4
+        and out["arms"]["teacher_2_guided"]["guidance_scale"] == 4.0
+    )
     images = [outcomes.read_images(tmp_path, x.name) for x in (plain, strong)]
     assert not np.array_equal(*images)
 
@@ -90,7 +93,9 @@ def test_ceiling_is_the_true_scenes_through_the_autoencoder(pipe, tmp_path: Path
     assert out["nfe"] == 0
     protocol = shapes_protocol("report", 1, 2)
     scenes = [true_scene(protocol, p, s) for p, s in protocol.images]
-    assert np.array_equal(evaluate.restore(pipe, scenes[:8]), outcomes.read_images(tmp_path, ceiling.name)[:8])
+    assert np.array_equal(
+        evaluate.restore(pipe, scenes[:8]), outcomes.read_images(tmp_path, ceiling.name)[:8]
+    )
     # what is called the truth is what a detector reads from the pixels, and it is what the prompt asks for
     judged = judge(np.stack([render(s) for s in scenes]), [protocol.prompts[p] for p, _ in protocol.images])
     assert all(r["strict"] and r["geneval"] for r in judged)

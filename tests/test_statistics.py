@@ -31,8 +31,18 @@ def test_overall_is_the_mean_of_the_six_tasks() -> None:
     rng = np.random.default_rng(1)
     tasks = [task for task in TASKS for _ in range(3 + TASKS.index(task))]
     estimates = bootstrap(rng.random((len(tasks), 2)) < 0.5, tasks, draws=100)
-    assert estimates[OVERALL].mean == pytest.approx(np.mean([estimates[t].mean for t in GENEVAL_TASKS]), abs=1e-15)
+    assert estimates[OVERALL].mean == pytest.approx(
+        np.mean([estimates[t].mean for t in GENEVAL_TASKS]), abs=1e-15
+    )
     assert OVERALL not in bootstrap(np.ones((2, 1)), ["colors", "position"], draws=10)
+
+
+def test_tasks_are_resampled_independently() -> None:
+    """Six tasks with the same verdicts: the overall interval is narrower than a task's by the root of six."""
+    own = np.random.default_rng(6).random((100, 1)) < 0.5
+    estimates = bootstrap(np.vstack([own] * 6), [task for task in GENEVAL_TASKS for _ in range(100)])
+    widths = {name: e.hi - e.lo for name, e in estimates.items()}
+    assert widths["colors"] / widths[OVERALL] == pytest.approx(np.sqrt(6), rel=0.1)
 
 
 def test_means_are_plain_means_and_lie_in_their_interval() -> None:
@@ -44,7 +54,7 @@ def test_means_are_plain_means_and_lie_in_their_interval() -> None:
 
 def test_two_prompts_have_three_outcomes_with_known_shares() -> None:
     """Of two prompts, 0 and 1, draws average 0, 1/2, 1 with shares 1/4, 1/2, 1/4: the quartiles are known."""
-    drawn = resampling(2, 40_000, 0) @ np.array([0.0, 1.0]) / 2
+    drawn = resampling(2, 40_000, 0, 0) @ np.array([0.0, 1.0]) / 2
     assert np.mean(drawn == 0.5) == pytest.approx(0.5, abs=0.01)
     assert percentiles(drawn, level=0.95) == (0.0, 1.0)
     assert percentiles(drawn, level=0.40) == (0.5, 0.5)

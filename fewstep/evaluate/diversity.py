@@ -74,7 +74,11 @@ def role_swap_joint(outcome: Outcome, scoring: str = "strict") -> tuple[statisti
     position = {text: i for i, text in enumerate(texts)}
     pairs: list[tuple[int, int]] = []
     for i, (text, task) in enumerate(zip(texts, tasks(outcome), strict=True)):
-        partner = position.get(swapped(Prompt(text, parse(text), "role_swap")).text, -1) if task == "role_swap" else -1
+        partner = (
+            position.get(swapped(Prompt(text, parse(text), "role_swap")).text, -1)
+            if task == "role_swap"
+            else -1
+        )
         if partner > i:
             pairs.append((i, partner))
     if not pairs:
@@ -112,15 +116,17 @@ def seed_pairs(histograms: Float) -> tuple[float, float]:
     return pairs - agree, pairs
 
 
-def _measure(outcome: Outcome, ceiling: Outcome, attribute: str, measure: str, draws: int, seed: int) -> Diversity:
+def _measure(
+    outcome: Outcome, ceiling: Outcome, attribute: str, measure: str, draws: int, seed: int
+) -> Diversity:
     """Ratio of the weighted sums over tasks; prompts are resampled within tasks, alike for arm and truth."""
     top, bottom, images = np.zeros(1 + draws), np.zeros(1 + draws), 0
-    for rows in _by_task(outcome, ceiling, attribute):
+    for stream, rows in enumerate(_by_task(outcome, ceiling, attribute)):
         used = sum(len(arm) for arm, _ in rows)
         if used < FEWEST:
             continue
         images += used
-        weights = np.vstack([np.ones(len(rows)), statistics.resampling(len(rows), draws, seed)])
+        weights = np.vstack([np.ones(len(rows)), statistics.resampling(len(rows), draws, seed, stream)])
         for side, total in ((0, top), (1, bottom)):
             histograms = [row[side] for row in rows]
             total += _entropies(histograms, weights) if measure == "entropy" else _pairs(histograms, weights)

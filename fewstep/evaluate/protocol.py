@@ -97,7 +97,11 @@ def shapes_protocol(
     """
     prompts: list[Prompt] = []
     for task in tasks:
-        chosen = _swap_pairs(split, per_task) if task == "role_swap" else protocol_prompts(split, per_task, (task,))
+        chosen = (
+            _swap_pairs(split, per_task)
+            if task == "role_swap"
+            else protocol_prompts(split, per_task, (task,))
+        )
         prompts += chosen
     return Protocol(tuple(prompts), seeds, noise_seed, split)
 

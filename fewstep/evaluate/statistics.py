@@ -7,6 +7,7 @@ the mean over many draws. A comparison bootstraps the differences on the same pr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -55,11 +56,11 @@ def bootstrap(
     rows, names = _prompt_means(values, tasks), list(dict.fromkeys(tasks))
     means: dict[str, float] = {}
     drawn: dict[str, NDArray[np.float64]] = {}
-    for name in names:
+    for stream, name in enumerate(names):
         own = rows[np.array([t == name for t in tasks])]
         means[name] = float(own.mean())
         # Centred, so that prompts which all agree give their mean exactly.
-        drawn[name] = own.mean() + resampling(len(own), draws, seed) @ (own - own.mean()) / len(own)
+        drawn[name] = own.mean() + resampling(len(own), draws, seed, stream) @ (own - own.mean()) / len(own)
     if set(GENEVAL_TASKS) <= set(names):
         means[OVERALL] = float(np.mean([means[t] for t in GENEVAL_TASKS]))
         drawn[OVERALL] = np.mean([drawn[t] for t in GENEVAL_TASKS], axis=0)
@@ -93,10 +94,16 @@ def shares(values: ArrayLike, tasks: Sequence[str]) -> dict[str, Shares]:
     return out
 
 
-def resampling(count: int, draws: int, seed: int) -> NDArray[np.float64]:
-    """How often each of `count` prompts comes up in each draw: (draws, count), rows sum to `count`."""
-    rng = np.random.default_rng([seed, count])
-    return rng.multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)
+@lru_cache(maxsize=9)  # arms share their draws, and drawing is most of the work
+def resampling(count: int, draws: int, seed: int, stream: int) -> NDArray[np.float64]:
+    """How often each of `count` prompts comes up in each draw: (draws, count), rows sum to `count`.
+
+    Tasks are resampled independently of each other: each has its own `stream`.
+    """
+    rng = np.random.default_rng([seed, stream, count])
+    times = rng.multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)
+    times.setflags(write=False)
+    return times
 
 
 def percentiles(draws: NDArray[np.float64], level: float = LEVEL) -> tuple[float, float]:

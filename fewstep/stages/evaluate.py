@@ -212,7 +212,9 @@ def true_scene(protocol: Protocol, prompt: int, seed: int) -> Scene:
 
 def seen(scene: Scene) -> Detection:
     """What a perfect detector reads from a scene."""
-    return Detection(tuple(Found(o.shape, o.color, o.size, o.x, o.y, o.radius, 1.0) for o in scene.objects), 0)
+    return Detection(
+        tuple(Found(o.shape, o.color, o.size, o.x, o.y, o.radius, 1.0) for o in scene.objects), 0
+    )
 
 
 def judge(images: NDArray[np.uint8], prompts: Sequence[Prompt], workers: int = 2) -> list[outcomes.Result]:
