@@ -70,6 +70,17 @@ def build(channels: tuple[int, ...]) -> AutoencoderKL:
     )
 
 
+def load(folder: Path) -> AutoencoderKL:
+    """Open a trained autoencoder.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no autoencoder; stage `autoencoder` makes it: fewstep run shapes_teacher")
+    return AutoencoderKL.from_pretrained(folder, local_files_only=True)
+
+
 def loss(vae: nn.Module, pixels: Tensor, eps: Tensor, phase: Phase) -> dict[str, Tensor]:
     """Reconstruction and KL of a batch (B, 3, H, W) with posterior noise `eps` (B, 16, H/8, W/8); scalars, fp32."""
     with torch.autocast(pixels.device.type, torch.bfloat16):

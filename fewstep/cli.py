@@ -1,0 +1,136 @@
+"""The command `fewstep`. Heavy imports happen inside the commands, so that `--help` answers at once (D14)."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from fewstep.recipes import RECIPES
+
+app = tyro.extras.SubcommandApp()
+RECIPE_HELP = "; ".join(f"{name}: {purpose}" for name, purpose in RECIPES.items())
+
+
+def _prepare() -> None:
+    """All cores, no advice of libraries that a user cannot act on."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+
+    from fewstep.engine.checkpoint import default_threads
+
+    torch.set_num_threads(default_threads())
+
+
+@app.command
+def demo(
+    minutes: float = 15.0,
+    out: Path | None = None,
+    recipe: Literal["shapes_4step", "shapes_2step"] = "shapes_4step",
+) -> None:
+    """Distil the bundled teacher on this machine and open the books: a table, and a report with pictures.
+
+    Measures the machine first and fits the work into the minutes. The same command again goes on where a killed one
+    stopped, or shows the finished result.
+
+    Args:
+        minutes: wall-clock budget on this machine; 1 makes a quick, weak student, 15 the one of the README.
+        out: folder of the run; runs/demo by default (runs/demo_2step for two steps).
+        recipe: which student.
+    """
+    from fewstep.recipes import demo as demonstration
+
+    _prepare()
+    folder = out or Path("runs") / ("demo" if recipe == "shapes_4step" else "demo_2step")
+    demonstration.run(recipe, folder, minutes)
+
+
+@app.command
+def run(
+    recipe: tyro.conf.Positional[str],
+    /,
+    out: Path | None = None,
+    stage: str | None = None,
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE"), tyro.conf.UseAppendAction] = (),
+    config: Path | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Run a recipe, or one stage of it. The same command again resumes.
+
+    Example: fewstep run shapes_4step --out runs/mine --set distribution.trajectory_weight=0.1
+
+    Args:
+        recipe: name of a recipe, see `fewstep show`.
+        out: folder of the run; runs/RECIPE by default.
+        stage: run only this stage; what it needs must be there.
+        set: change one setting, section.key=value; may be given several times.
+        config: YAML file of settings, such as a run's resolved.yaml; --set comes on top.
+        dry_run: print settings, stages and budgets, and stop.
+    """
+    from fewstep.recipes import demo as demonstration
+    from fewstep.recipes import execute
+
+    pipeline = demonstration.resolve(recipe, list(set), config)
+    if dry_run:
+        demonstration.print_plan(pipeline)
+        return
+    _prepare()
+    report = execute.run(pipeline, out or Path("runs") / recipe, stage)
+    if report is not None:
+        demonstration.print_result(report)
+
+
+@app.command
+def plan(
+    recipe: tyro.conf.Positional[str],
+    /,
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE"), tyro.conf.UseAppendAction] = (),
+    config: Path | None = None,
+) -> None:
+    """Say how long a recipe takes on this machine, by stage, before anything is trained.
+
+    Args:
+        recipe: name of a recipe.
+        set: change one setting, section.key=value; may be given several times.
+        config: YAML file of settings.
+    """
+    from fewstep.recipes import demo as demonstration
+
+    _prepare()
+    demonstration.print_plan(demonstration.resolve(recipe, list(set), config), timed=True)
+
+
+@app.command
+def show(path: tyro.conf.Positional[Path | None] = None, /) -> None:
+    """Show an artefact or a run; without a path, the recipes.
+
+    Args:
+        path: a model folder with an artifact.json, or a run's folder.
+    """
+    from fewstep.recipes import demo as demonstration
+
+    demonstration.show(path)
+
+
+def main() -> None:
+    """Entry point. What a user can cause ends in one line and exit code 2; `FEWSTEP_DEBUG=1` shows the traceback."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice on image processors is not for our users
+    try:
+        app.cli(prog="fewstep", description="Turn a slow flow model into a few-step one. Recipes: " + RECIPE_HELP)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("FEWSTEP_DEBUG"):
+            raise
+        print(f"fewstep: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("fewstep: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What students learn from: prompts, and what the teacher made of them, in shards on disk."""

@@ -1,0 +1,122 @@
+"""Teacher trajectories in shards: the states where a guided teacher stands at the student's grid points.
+
+One shard is one safetensors file of a few dozen trajectories that appears by a rename once it is whole, so that a
+killed run goes on with the next shard. State and noise of trajectory k depend on (seed, k) alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fewstep import noise
+from fewstep.conditioning import TextCond
+from fewstep.engine.log import Progress
+from fewstep.flow import Velocity, expand_t
+from fewstep.objectives import trajectory
+
+PromptAt = Callable[[int], str]
+Encode = Callable[[Sequence[str]], TextCond]
+SHARD = 64
+INITIAL = 0  # stream of the initial noise
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """States (K, S + 1, 16, H, W), float32, at the S + 1 grid points, and the prompts they were made for."""
+
+    x: Tensor
+    prompts: list[str]
+    grid: tuple[float, ...]
+
+    def pair(self, rows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and target of student steps: x_i and the teacher's average velocity to the next grid point.
+
+        Args:
+            rows: (B,) trajectory numbers.
+            steps: (B,) grid steps i.
+
+        Returns:
+            x_i (B, 16, H, W) and target of the same shape, as `objectives.trajectory.target` gives it.
+        """
+        grid = torch.tensor(self.grid)
+        x_i, x_next = self.x[rows, steps], self.x[rows, steps + 1]
+        return x_i, (x_next - x_i) / expand_t(grid[steps + 1] - grid[steps], x_i)
+
+
+@torch.no_grad()
+def write(
+    folder: Path,
+    teacher: Velocity,
+    encode: Encode,
+    prompt_at: PromptAt,
+    *,
+    grid: tuple[float, ...],
+    latent_shape: tuple[int, int, int],
+    count: int,
+    substeps: int,
+    seed: int,
+) -> None:
+    """Roll the teacher out from `count` noises; shards that are already whole are kept.
+
+    Args:
+        folder: target; holds only shards of one setting (the caller names it after the settings).
+        teacher: velocity with guidance in it.
+        encode: prompts to conditions.
+        prompt_at: prompt of trajectory k.
+        grid: student grid.
+        latent_shape: (16, H, W).
+        count: trajectories.
+        substeps: teacher steps in each student step.
+        seed: of the initial noise.
+
+    Raises:
+        OSError: when the folder cannot be written or the disk is full; whole shards stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = Progress("teacher trajectories", count)
+    for first in range(0, count, SHARD):
+        rows = range(first, min(first + SHARD, count))
+        path = folder / f"{first:07d}-{len(rows):03d}.safetensors"
+        if not path.exists():
+            prompts = [prompt_at(k) for k in rows]
+            cond, x = encode(prompts), noise.normal(latent_shape, seed=seed, index=rows, step=INITIAL)
+            states = [x]
+            for t_cur, t_next in zip(grid[:-1], grid[1:], strict=True):
+                t0, t1 = torch.full((len(rows),), t_cur), torch.full((len(rows),), t_next)
+                mean_velocity = trajectory.target(teacher, x, t0, t1, cond, substeps)
+                x = x + (t_next - t_cur) * mean_velocity
+                states.append(x)
+            partial = path.with_suffix(".partial")
+            save_file({"x": torch.stack(states, dim=1)}, partial, {"prompts": json.dumps(prompts), "grid": json.dumps(grid)})
+            partial.replace(path)
+        progress.show(rows.stop)
+    progress.close()
+
+
+def read(folder: Path, count: int, grid: tuple[float, ...]) -> Trajectories:
+    """The first `count` trajectories of a folder.
+
+    Raises:
+        ValueError: when shards are missing, or were made for another grid.
+    """
+    from safetensors import safe_open
+
+    states, prompts = [], []
+    for first in range(0, count, SHARD):
+        path = folder / f"{first:07d}-{min(SHARD, count - first):03d}.safetensors"
+        if not path.exists():
+            raise ValueError(f"{path} is missing: stage `trajectory` makes it; run the same command again")
+        with safe_open(path, "pt") as file:
+            made_for = file.metadata()
+        if tuple(json.loads(made_for["grid"])) != grid:
+            raise ValueError(f"{path} was made for the grid {made_for['grid']}, not {list(grid)}; choose another --out")
+        states.append(load_file(path)["x"])
+        prompts += json.loads(made_for["prompts"])
+    return Trajectories(torch.cat(states), prompts, grid)

@@ -1,0 +1,103 @@
+"""How long a distillation takes on this machine, and how to fit it into given minutes. Budgets end up as image counts,
+so that a run is decided by its resolved settings and not by the clock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from fewstep.models import roles, sd3
+from fewstep.recipes.pipeline import Distillation
+
+SHARES = {"trajectories": 0.24, "trajectory": 0.22, "distribution": 0.28, "evaluate": 0.26}
+FIXED_S = 20.0  # opening models, writing artefacts, the report
+CAUTION = 0.9  # machines slow down; a demo should not overrun
+EVALUATED_PER_PROMPT_TASKS = 6.5  # eight tasks, of which some have fewer prompts than asked
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Images a second of one machine and model.
+
+    Attributes:
+        forward: network evaluations.
+        train: forward, backward and update.
+        decode: autoencoder and detector together.
+    """
+
+    forward: float
+    train: float
+    decode: float
+
+
+def measure(pipe: StableDiffusion3Pipeline, t5_tokens: int, seconds: float = 2.0) -> Speed:
+    """Time the three things that cost, about `seconds` each."""
+    batch, size = 64, pipe.transformer.config.sample_size
+    x, t = torch.randn(batch, pipe.transformer.config.in_channels, size, size), torch.rand(batch)
+    cond = sd3.encode(pipe, ["a circle"] * batch, t5_tokens)
+    student = roles.trainable_copy(pipe.transformer)
+
+    def forward() -> None:
+        with torch.no_grad():
+            sd3.velocity(pipe.transformer, torch.bfloat16)(x, t, cond)
+
+    def train() -> None:
+        sd3.velocity(student, torch.bfloat16)(x, t, cond).square().mean().backward()
+        student.zero_grad()
+
+    def rate(call: Callable[[], object]) -> float:
+        call()
+        start, calls = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
+            call()
+            calls += 1
+        return calls * batch / (time.perf_counter() - start)
+
+    return Speed(rate(forward), rate(train), 0.7 * rate(lambda: sd3.decode(pipe, x)))
+
+
+def seconds(pipeline: Distillation, speed: Speed) -> dict[str, float]:
+    """Estimated seconds of each part of a distillation."""
+    steps, t, d, e = len(pipeline.grid) - 1, pipeline.trajectory, pipeline.distribution, pipeline.evaluate
+    images = e.per_task * e.seeds * EVALUATED_PER_PROMPT_TASKS
+    evaluations = 2 * pipeline.teacher_steps + 2 * steps + steps + 2 * max(1, steps // 2) + 2 * steps
+    return {
+        "trajectories": t.trajectories * 2 * steps * t.teacher_substeps / speed.forward,
+        "trajectory": t.images / speed.train,
+        "distribution": d.images * ((steps + 4) / speed.forward + (d.proxy_updates + 2) / speed.train),
+        "evaluate": images * (evaluations / speed.forward + 7 / speed.decode),
+    }
+
+
+def fit(pipeline: Distillation, speed: Speed, minutes: float) -> Distillation:
+    """The same recipe with image counts that fill `minutes`; every stage keeps at least a few updates.
+
+    Raises:
+        ValueError: when `minutes` is not positive.
+    """
+    if not minutes > 0:
+        raise ValueError(f"--minutes {minutes:g}: give a positive number of minutes; 1 makes a quick, weak student")
+    left = max(10.0, CAUTION * 60 * minutes - FIXED_S)
+    now = seconds(pipeline, speed)
+    scale = {part: share * left / now[part] for part, share in SHARES.items()}
+    t, d, e = pipeline.trajectory, pipeline.distribution, pipeline.evaluate
+
+    def whole(count: float, batch: int, least: int) -> int:
+        return max(least, int(count / batch)) * batch
+
+    seeds = e.seeds if scale["evaluate"] * e.per_task >= 8 else 2
+    return replace(
+        pipeline,
+        trajectory=replace(
+            t,
+            trajectories=whole(scale["trajectories"] * t.trajectories, 64, 1),
+            images=whole(scale["trajectory"] * t.images, t.batch, 8),
+        ),
+        distribution=replace(d, images=whole(scale["distribution"] * d.images, d.batch, 8)),
+        evaluate=replace(e, seeds=seeds, per_task=max(2, int(scale["evaluate"] * e.per_task * e.seeds / seeds))),
+    )

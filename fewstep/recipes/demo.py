@@ -1,0 +1,121 @@
+"""What the commands print: plans, results, artefacts; and the demo, which fits a recipe into minutes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+
+from fewstep.engine import artifact
+from fewstep.engine.config import from_dict, override, read_yaml, to_dict
+from fewstep.engine.log import clock
+from fewstep.models import sd3
+from fewstep.recipes import RECIPES, budget, execute
+from fewstep.recipes.pipeline import Distillation, Pipeline, build
+
+SHOWN = ("autoencoder_ceiling", "teacher_32_guided")
+
+
+def resolve(recipe: str, assignments: list[str], config: Path | None = None) -> Pipeline:
+    """A recipe with a YAML file's settings and `--set` on top.
+
+    Raises:
+        ValueError: unknown recipe or key, a wrong type or value; names key, file and line.
+    """
+    pipeline = build(recipe)
+    if config is not None:
+        values, lines = read_yaml(config)
+        try:
+            pipeline = from_dict(pipeline, values, lines=lines)
+        except ValueError as error:
+            raise ValueError(f"{config}: {error}") from error
+        pipeline = replace(pipeline, name=recipe)
+    return override(pipeline, assignments)
+
+
+def run(recipe: str, out: Path, minutes: float) -> None:
+    """Fit the recipe into the minutes on the first call; later calls with the same folder go on with that fit.
+
+    Raises:
+        ValueError: a budget that is not positive, or a folder begun with another recipe.
+        OSError: a folder that cannot be written, or a full disk.
+    """
+    if not minutes > 0:
+        raise ValueError(f"--minutes {minutes:g}: give a positive number of minutes; 1 makes a quick, weak student")
+    pipeline = build(recipe)
+    assert isinstance(pipeline, Distillation)
+    sd3.quiet()
+    begun = out / execute.RESOLVED
+    if begun.exists():
+        pipeline = resolve(recipe, [], begun)
+        print(f"going on with {out} as it was begun")
+    else:
+        folder = execute.teacher_folder(pipeline)
+        record = artifact.read(folder, "teacher")
+        print(f"measuring this machine, then distilling for about {minutes:g} minutes")
+        pipeline = budget.fit(pipeline, budget.measure(sd3.load(folder), record.t5_tokens), minutes)
+    report = execute.run(pipeline, out)
+    assert report is not None
+    print_result(report)
+
+
+def print_plan(pipeline: Pipeline, timed: bool = False) -> None:
+    """Print the resolved settings, the stages and their budgets; `timed` measures the machine for minutes."""
+    print(yaml.safe_dump(to_dict(pipeline), sort_keys=False).rstrip())
+    print(f"\nstages: {' -> '.join(pipeline.stages)}")
+    if not isinstance(pipeline, Distillation):
+        images = sum(p.images for p in pipeline.autoencoder.phases)
+        print(f"autoencoder   {images:>10,} images\nteacher       {pipeline.teacher.images:>10,} images")
+        return
+    t, d, steps = pipeline.trajectory, pipeline.distribution, len(pipeline.grid) - 1
+    print(f"trajectory    {t.trajectories:>10,} teacher trajectories of {2 * steps * t.teacher_substeps} evaluations")
+    print(f"              {t.images:>10,} student steps in {t.images // t.batch:,} updates")
+    print(f"distribution  {d.images:>10,} student samples in {d.images // d.batch:,} updates, {d.proxy_updates} of the proxy each")
+    print(f"evaluate      {pipeline.evaluate.per_task:>10,} prompts a task, {pipeline.evaluate.seeds} seeds")
+    if timed:
+        folder = execute.teacher_folder(pipeline)
+        record = artifact.read(folder, "teacher")
+        spent = budget.seconds(pipeline, budget.measure(sd3.load(folder), record.t5_tokens))
+        print("\nestimated on this machine")
+        for part, seconds in {**spent, "in all": sum(spent.values())}.items():
+            print(f"{part:<14}{clock(seconds):>10}")
+
+
+def print_result(report: Path) -> None:
+    """A short table of strict scores with intervals, the verdict, and where the report is."""
+    data = json.loads(report.with_suffix(".json").read_text())
+    rows = [r for r in data["rows"] if r["scoring"] == "strict" and r["task"] == "overall"]
+    print(f"\n{'':24}{'evaluations':>12}{'guidance':>10}{'strict overall':>16}   95 % interval")
+    for r in rows:
+        share = f"{100 * r['mean']:.1f} %"
+        print(f"{r['name']:24}{r['nfe'] or '-':>12}{r['guidance_scale']:>10g}{share:>16}   {100 * r['lo']:.1f} to {100 * r['hi']:.1f}")
+    if rows:
+        print(f"({rows[0]['n_prompts']} prompts x {rows[0]['n_seeds']} seeds, mean of six tasks)\n")
+    verdict = data.get("verdict", "")
+    print("\n".join(verdict) if isinstance(verdict, list) else verdict)
+    print(f"\n{report}")
+
+
+def show(path: Path | None) -> None:
+    """Print the recipes, an artefact's record, or what a run's folder holds.
+
+    Raises:
+        ValueError: neither an artefact nor a run.
+    """
+    if path is None:
+        for name, purpose in RECIPES.items():
+            print(f"{name:<16}{purpose}")
+        return
+    if (path / execute.RESOLVED).is_file():
+        print((path / execute.RESOLVED).read_text().rstrip())
+        for folder in execute.FOLDER.values():
+            if artifact.exists(path / folder):
+                print(f"\n{folder}: {artifact.read(path / folder).kind}, whole")
+        if (path / "report.html").is_file():
+            print_result(path / "report.html")
+        return
+    record = to_dict(artifact.read(path))
+    record.pop("config")
+    print(yaml.safe_dump(record, sort_keys=False).rstrip())

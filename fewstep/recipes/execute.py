@@ -1,0 +1,274 @@
+"""Run a pipeline: stages in order, artefacts between them, nothing done twice (D12)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+from diffusers import StableDiffusion3Pipeline
+
+from fewstep import grids
+from fewstep.conditioning import TextCond
+from fewstep.data import prompts, trajectories
+from fewstep.engine import artifact
+from fewstep.engine.artifact import Artifact
+from fewstep.engine.config import to_dict
+from fewstep.engine.log import read_metrics
+from fewstep.evaluate.outcomes import Outcome
+from fewstep.guidance import guided
+from fewstep.models import sd3
+from fewstep.recipes.pipeline import BUNDLED, Distillation, Pipeline, TeacherTraining
+from fewstep.report import numbers, page
+from fewstep.stages import autoencoder, distribution, evaluate, teacher, trajectory
+from fewstep.worlds.shapes.architecture import MAX_TOKENS
+from fewstep.worlds.shapes.data import write_latents
+
+RESOLVED = "resolved.yaml"
+FOLDER = {
+    "autoencoder": "00-autoencoder",
+    "teacher": "01-teacher",
+    "trajectory": "02-trajectory",
+    "distribution": "03-distribution",
+}
+
+
+def claim(pipeline: Pipeline, out: Path) -> None:
+    """Make the run's folder and write the resolved settings, or check that they are the ones it was begun with.
+
+    Raises:
+        ValueError: when the folder was begun with other settings; names the first that differs.
+        OSError: when it cannot be written.
+    """
+    resolved, path = to_dict(pipeline), out / RESOLVED
+    if path.exists():
+        begun = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for key, (old, new) in differences(begun, resolved).items():
+            raise ValueError(
+                f"{out} was begun with {key} = {old!r}, now it is {new!r}: give the same settings to go on, "
+                "or another --out to start anew"
+            )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+    partial.replace(path)
+
+
+def differences(a: object, b: object, where: str = "") -> dict[str, tuple[object, object]]:
+    """Dotted keys whose values differ between two nested settings, in order."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        found: dict[str, tuple[object, object]] = {}
+        for key in [*b, *(k for k in a if k not in b)]:
+            found |= differences(a.get(key), b.get(key), f"{where}.{key}" if where else key)
+        return found
+    return {} if a == b else {where: (a, b)}
+
+
+def run(pipeline: Pipeline, out: Path, stage: str | None = None) -> Path | None:
+    """Run all stages, or one; whole artefacts are kept, checkpoints are gone on from.
+
+    Args:
+        pipeline: a recipe's settings.
+        out: the run's folder.
+        stage: only this one; what it needs must be there.
+
+    Returns:
+        The report, when the evaluation ran.
+
+    Raises:
+        ValueError: unknown stage, other settings than the folder was begun with, a missing or wrong artefact.
+        OSError: full disk or unwritable folder; what is whole stays.
+        FloatingPointError: a loss is not finite.
+    """
+    if stage is not None and stage not in pipeline.stages:
+        raise ValueError(f"unknown stage {stage!r} of {pipeline.name}; one of {', '.join(pipeline.stages)}")
+    sd3.quiet()
+    claim(pipeline, out)
+    wanted = pipeline.stages if stage is None else (stage,)
+    if isinstance(pipeline, TeacherTraining):
+        return _train_teacher(pipeline, out, wanted)
+    return _distil(pipeline, out, wanted)
+
+
+def teacher_folder(pipeline: Distillation) -> Path:
+    """Where the teacher of a distillation lies."""
+    return BUNDLED if pipeline.teacher == "bundled" else Path(pipeline.teacher)
+
+
+def _distil(pipeline: Distillation, out: Path, wanted: Sequence[str]) -> Path | None:
+    folder = teacher_folder(pipeline)
+    record = artifact.read(folder, "teacher")
+    pipe = sd3.load(folder)
+    encode = encoder(pipe, record.t5_tokens)
+    guided_teacher = guided(sd3.velocity(pipe.transformer, torch.bfloat16), encode([""]), record.guidance_scale)
+    steps, work, metrics = len(pipeline.grid) - 1, out / "work", out / "metrics.jsonl"
+
+    def stored() -> trajectories.Trajectories:
+        t, size = pipeline.trajectory, pipe.transformer.config.sample_size
+        trajectories.write(
+            out / "trajectories",
+            guided_teacher,
+            encode,
+            prompts.source(pipeline.prompts, t.seed),
+            grid=pipeline.grid,
+            latent_shape=(pipe.transformer.config.in_channels, size, size),
+            count=t.trajectories,
+            substeps=t.teacher_substeps,
+            seed=t.seed,
+        )
+        return trajectories.read(out / "trajectories", t.trajectories, pipeline.grid)
+
+    def student(kind: artifact.Kind, parents: dict[str, str], images: int, config: object) -> Artifact:
+        return Artifact(
+            kind=kind,
+            recipe=pipeline.name,
+            grid=pipeline.grid,
+            guidance_scale=1.0,
+            t5_tokens=record.t5_tokens,
+            images_seen=images,
+            parents=parents,
+            config=to_dict(config),
+        )
+
+    first, second = out / FOLDER["trajectory"], out / FOLDER["distribution"]
+    if "trajectory" in wanted and not artifact.exists(first):
+        with timed(out, "trajectory"):
+            trained = trajectory.run(
+                pipeline.trajectory, pipe.transformer, stored(), encode, work / "trajectory", metrics
+            )
+        made = student("student_trajectory", {"teacher": record.weights}, pipeline.trajectory.images, pipeline.trajectory)
+        artifact.write(first, made, with_transformer(pipe, trained).save_pretrained)
+    if "distribution" in wanted and not artifact.exists(second):
+        parent = artifact.read(first, "student_trajectory")
+        with timed(out, "distribution"):
+            trained = distribution.run(
+                pipeline.distribution,
+                sd3.load(first).transformer,
+                pipe.transformer,
+                guided_teacher,
+                stored(),
+                encode,
+                prompts.source(pipeline.prompts, pipeline.distribution.seed),
+                work / "distribution",
+                metrics,
+            )
+        parents = {"teacher": record.weights, "student_trajectory": parent.weights}
+        made = student("student", parents, pipeline.distribution.images, pipeline.distribution)
+        artifact.write(second, made, with_transformer(pipe, trained).save_pretrained)
+    if "evaluate" not in wanted:
+        return None
+    arms = teacher_arms(pipe, record, pipeline.teacher_steps, steps)
+    for name, kind, at in (("student_trajectory", "student_trajectory", first), (pipeline.student_name, "student", second)):
+        made = artifact.read(at, kind)  # type: ignore[arg-type]
+        network = sd3.velocity(sd3.load(at).transformer, torch.bfloat16)
+        arms.append(evaluate.Arm(name, made.grid, made.guidance_scale, network, made.weights))
+    return _report(pipeline, out, pipe, record, arms)
+
+
+def teacher_arms(pipe: StableDiffusion3Pipeline, record: Artifact, teacher_steps: int, steps: int) -> list[evaluate.Arm]:
+    """The ceiling; the teacher in full, at the student's steps with guidance, and at the student's evaluations."""
+    network = sd3.velocity(pipe.transformer, torch.bfloat16)
+
+    def arm(count: int, scale: float) -> evaluate.Arm:
+        name = f"teacher_{count}_{'unguided' if scale == 1 else 'guided'}"
+        return evaluate.Arm(name, grids.shifted_grid(count), scale, network, record.weights)
+
+    w = record.guidance_scale
+    arms = [evaluate.Arm("autoencoder_ceiling", (), 1.0, None, record.weights)]
+    arms += [arm(teacher_steps, w), arm(steps, w), arm(steps, 1.0)]
+    return arms + ([arm(steps // 2, w)] if steps % 2 == 0 else [])
+
+
+def _report(
+    pipeline: Distillation, out: Path, pipe: StableDiffusion3Pipeline, record: Artifact, arms: list[evaluate.Arm]
+) -> Path:
+    with timed(out, "evaluate"):
+        collected = evaluate.run(pipeline.evaluate, arms, pipe, record.t5_tokens, out / page.EVALUATION)
+    spent: dict[str, float] = {}
+    for row in read_metrics(out / "seconds.jsonl"):
+        spent[row["stage"]] = spent.get(row["stage"], 0.0) + row["seconds"]
+    return page.write(out, collected, {"name": pipeline.name, "seconds": spent})
+
+
+def _train_teacher(pipeline: TeacherTraining, out: Path, wanted: Sequence[str]) -> Path | None:
+    work, metrics = out / "work", out / "metrics.jsonl"
+    vae_folder, folder = out / FOLDER["autoencoder"], out / FOLDER["teacher"]
+    if "autoencoder" in wanted and not (vae_folder / "config.json").is_file():
+        with timed(out, "autoencoder"):
+            vae = autoencoder.run(pipeline.autoencoder, work / "autoencoder", metrics)
+        partial = vae_folder.with_name(vae_folder.name + ".partial")
+        vae.save_pretrained(partial)
+        partial.replace(vae_folder)
+    if "teacher" in wanted and not artifact.exists(folder):
+        vae = autoencoder.load(vae_folder)
+        latents = out / "latents"
+        with timed(out, "teacher"):
+            write_latents(vae, pipeline.teacher.latents, pipeline.teacher.seed + 100, latents)
+            pipe = teacher.untrained(pipeline.teacher, vae)
+            teacher.run(pipeline.teacher, pipe, latents, work / "teacher", metrics)
+            choose_and_write(pipeline, pipe, folder, out / "selection")
+    if "evaluate" not in wanted:
+        return None
+    record, pipe = artifact.read(folder, "teacher"), sd3.load(folder)
+    arms = teacher_arms(pipe, record, pipeline.teacher_steps, 4)
+    collected = evaluate.run(pipeline.evaluate, arms, pipe, record.t5_tokens, out / page.EVALUATION)
+    rows = [row for arm in collected["arms"].values() for row in numbers.rows(arm)]
+    (out / "report.json").write_text(json.dumps({"protocol": collected["protocol"], "rows": rows}, indent=1))
+    return out / "report.json"
+
+
+def choose_and_write(pipeline: TeacherTraining, pipe: StableDiffusion3Pipeline, folder: Path, scratch: Path) -> Artifact:
+    """Choose the guidance scale on selection prompts by the strict overall score, and write the teacher's artefact."""
+    network, grid = sd3.velocity(pipe.transformer, torch.bfloat16), grids.shifted_grid(pipeline.teacher_steps)
+    arms = [evaluate.Arm(f"w_{w:g}", grid, w, network, "selection") for w in pipeline.guidance_scales]
+    collected = evaluate.run(pipeline.evaluate, arms, pipe, MAX_TOKENS, scratch, split="select")
+    scores = {w: strict_overall(collected["arms"][f"w_{w:g}"]) for w in pipeline.guidance_scales}
+    best = max(scores, key=lambda w: scores[w])
+    made = Artifact(
+        kind="teacher",
+        recipe=pipeline.name,
+        grid=grid,
+        guidance_scale=best,
+        t5_tokens=MAX_TOKENS,
+        images_seen=pipeline.teacher.images,
+        metrics={f"select_strict_w_{w:g}": score for w, score in scores.items()},
+        config=to_dict(pipeline.teacher),
+    )
+    pipe.to(torch.float16)
+    return artifact.write(folder, made, pipe.save_pretrained)
+
+
+def strict_overall(arm: Outcome) -> float:
+    """The headline score of an arm, in [0, 1]."""
+    found = [r for r in numbers.rows(arm) if r["scoring"] == "strict" and r["task"] == "overall"]
+    return float(found[0]["mean"])
+
+
+def encoder(pipe: StableDiffusion3Pipeline, t5_tokens: int) -> trajectories.Encode:
+    """Prompts to conditions in chunks; each distinct prompt is encoded once."""
+
+    def encode(texts: Sequence[str]) -> TextCond:
+        return evaluate.encode(pipe, texts, t5_tokens, 256)
+
+    return encode
+
+
+def with_transformer(pipe: StableDiffusion3Pipeline, transformer: torch.nn.Module) -> StableDiffusion3Pipeline:
+    """The same pipeline around another transformer, everything in float16, which is how artefacts are stored."""
+    parts = {name: copy.deepcopy(part) for name, part in pipe.components.items()}
+    return StableDiffusion3Pipeline(**{**parts, "transformer": transformer}).to(torch.float16)
+
+
+@contextmanager
+def timed(out: Path, stage: str) -> Iterator[None]:
+    """Append the seconds of a block to `seconds.jsonl`; the time of a killed block is not counted."""
+    start = time.monotonic()
+    yield
+    with (out / "seconds.jsonl").open("a") as file:
+        file.write(json.dumps({"stage": stage, "seconds": round(time.monotonic() - start, 1)}) + "\n")

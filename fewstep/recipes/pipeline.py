@@ -1,0 +1,103 @@
+"""What a recipe is: the settings of its stages, and how many network evaluations they cost."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fewstep.grids import check_grid
+from fewstep.recipes import RECIPES
+from fewstep.stages import autoencoder, distribution, evaluate, teacher, trajectory
+
+BUNDLED = Path(__file__).parents[1] / "worlds" / "shapes" / "teacher"
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Turn a teacher into a few-step student.
+
+    Attributes:
+        name: the recipe's name.
+        teacher: "bundled", or an artefact folder of kind teacher.
+        grid: the student's grid, explicit numbers.
+        teacher_steps: steps of the teacher that the student is measured against.
+        prompts: "shapes", or a text file with one prompt a line.
+        trajectory, distribution, evaluate: settings of the stages.
+    """
+
+    name: str
+    teacher: str = "bundled"
+    grid: tuple[float, ...] = (1.0, 0.9, 0.75, 0.5, 0.0)
+    teacher_steps: int = 32
+    prompts: str = "shapes"
+    trajectory: trajectory.Config = field(default_factory=trajectory.Config)
+    distribution: distribution.Config = field(default_factory=distribution.Config)
+    evaluate: evaluate.Config = field(default_factory=evaluate.Config)
+
+    stages = ("trajectory", "distribution", "evaluate")
+
+    def __post_init__(self) -> None:
+        check_grid(self.grid)
+        for key, value in {
+            "trajectory.images": self.trajectory.images,
+            "trajectory.batch": self.trajectory.batch,
+            "trajectory.trajectories": self.trajectory.trajectories,
+            "trajectory.teacher_substeps": self.trajectory.teacher_substeps,
+            "distribution.images": self.distribution.images,
+            "distribution.batch": self.distribution.batch,
+            "evaluate.per_task": self.evaluate.per_task,
+            "evaluate.seeds": self.evaluate.seeds,
+            "teacher_steps": self.teacher_steps,
+        }.items():
+            if value < 1:
+                raise ValueError(f"{key} = {value}: a budget of zero makes nothing; give at least 1")
+        for name in ("trajectory", "distribution"):
+            section = getattr(self, name)
+            if section.images < section.batch:
+                raise ValueError(f"{name}.images = {section.images} is less than one update of {section.batch} ({name}.batch)")
+
+    @property
+    def student_name(self) -> str:
+        """Name of the student in reports: `student_4`."""
+        return f"student_{len(self.grid) - 1}"
+
+
+@dataclass(frozen=True)
+class TeacherTraining:
+    """Train the bundled teacher.
+
+    Attributes:
+        name: the recipe's name.
+        autoencoder, teacher, evaluate: settings of the stages.
+        teacher_steps: steps it is measured at.
+        guidance_scales: tried on selection prompts; the best goes into the artefact.
+    """
+
+    name: str
+    autoencoder: autoencoder.Config = field(default_factory=autoencoder.Config)
+    teacher: teacher.Config = field(default_factory=teacher.Config)
+    evaluate: evaluate.Config = field(default_factory=evaluate.Config)
+    teacher_steps: int = 32
+    guidance_scales: tuple[float, ...] = (1.5, 2.0, 3.0, 4.0)
+
+    stages = ("autoencoder", "teacher", "evaluate")
+
+
+Pipeline = Distillation | TeacherTraining
+
+
+def build(name: str) -> Pipeline:
+    """The pipeline of a recipe.
+
+    Raises:
+        ValueError: unknown name, with the nearest one.
+    """
+    from fewstep.recipes import shapes
+
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(RECIPES)}"
+        raise ValueError(f"unknown recipe {name!r}; {hint}")
+    pipeline: Pipeline = getattr(shapes, name)()
+    return pipeline

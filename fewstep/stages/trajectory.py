@@ -1,0 +1,103 @@
+"""Stage `trajectory`: warm-start the student on the average velocity of the guided teacher (SD3.5-Flash, stage 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor
+
+from fewstep import noise
+from fewstep.data import trajectories
+from fewstep.engine.ema import EMA
+from fewstep.engine.loop import train
+from fewstep.engine.optim import Optim, Optimizer
+from fewstep.models import roles, sd3
+from fewstep.objectives import trajectory
+
+PICK, STEP = 1, 2  # streams of addressed noise
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the student is warm-started.
+
+    Attributes:
+        images: student steps trained on (a stored trajectory is used several times).
+        batch: student steps in an update, each at its own grid step.
+        trajectories: teacher trajectories made beforehand.
+        teacher_substeps: teacher steps inside one student step.
+        ema_half_life_images: of the student's average, which is what the stage hands on.
+        seed: of noise, prompts and order.
+        optim: optimiser.
+    """
+
+    images: int = 64_000
+    batch: int = 64
+    trajectories: int = 4_000
+    teacher_substeps: int = 4
+    ema_half_life_images: float = 2_000.0
+    seed: int = 1
+    optim: Optim = field(default_factory=lambda: Optim(lr=3e-4, betas=(0.9, 0.99), warmup_images=640, final_lr_ratio=0.05))
+
+
+def update(
+    student: SD3Transformer2DModel, stored: trajectories.Trajectories, cond_of: object, rows: Tensor, steps: Tensor
+) -> Tensor:
+    """Loss of one batch of stored pairs, (B,); gradient reaches the student alone.
+
+    Args:
+        student: the network that is trained.
+        stored: teacher trajectories.
+        cond_of: conditions of all stored prompts, a TextCond of K rows.
+        rows: (B,) trajectory numbers.
+        steps: (B,) grid steps.
+    """
+    x_i, target = stored.pair(rows, steps)
+    velocity = sd3.velocity(student, torch.bfloat16)
+    return trajectory.loss(velocity, x_i, torch.tensor(stored.grid)[steps], target, cond_of[rows])
+
+
+def run(
+    config: Config,
+    teacher: SD3Transformer2DModel,
+    stored: trajectories.Trajectories,
+    encode: trajectories.Encode,
+    work: Path,
+    metrics: Path,
+) -> SD3Transformer2DModel:
+    """Train a copy of the teacher on stored trajectories and return its average.
+
+    Raises:
+        ValueError: for a budget below one step, or a checkpoint of another stage.
+        FloatingPointError: when the loss is not finite.
+    """
+    student = roles.trainable_copy(teacher)
+    optimizer = Optimizer(student.named_parameters(), config.optim)
+    ema = EMA({"student": student}, config.ema_half_life_images)
+    cond, last_step = encode(stored.prompts), len(stored.grid) - 1
+
+    def step(seen: int) -> dict[str, float]:
+        rows = range(seen, seen + config.batch)
+        pick = noise.integers(0, len(stored.prompts), seed=config.seed, index=rows, step=PICK)
+        steps = noise.integers(0, last_step, seed=config.seed, index=rows, step=STEP)
+        losses = update(student, stored, cond, pick, steps)
+        losses.mean().backward()
+        norm = optimizer.step(seen, config.images)
+        ema.update(seen, config.batch)
+        by_step = {f"loss_step_{i}": float(losses.detach()[steps == i].mean()) for i in range(last_step) if (steps == i).any()}
+        return {"loss": float(losses.detach().mean()), "grad_norm": float(norm), **by_step}
+
+    train(
+        step,
+        {"student": student, "optimizer": optimizer, "ema": ema},
+        stage="trajectory",
+        total_images=config.images - config.images % config.batch,
+        images_per_step=config.batch,
+        work=work,
+        metrics=metrics,
+    )
+    ema.copy_to({"student": student})
+    return student.requires_grad_(False)
