@@ -111,7 +111,7 @@ def expected(hint: Any) -> str:
     if origin is tuple:
         return "a list of " + (expected(args[0]) if args[-1] is Ellipsis else f"{len(args)}: {', '.join(map(expected, args))}")
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    return names.get(hint, f"the fields of {hint.__name__}" if dataclasses.is_dataclass(hint) else str(hint))
+    return names.get(hint, f"the fields of {hint.__name__}" if isinstance(hint, type) else str(hint))
 
 
 def override(config: C, assignments: list[str]) -> C:

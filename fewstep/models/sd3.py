@@ -6,6 +6,7 @@ and a gradient are ours to choose. `encode` gives what the stock pipeline's `enc
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -115,6 +116,19 @@ def encode_pixels(pipe: StableDiffusion3Pipeline, pixels: Tensor) -> Tensor:
     config = pipe.vae.config
     latents = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist.mode()
     return (latents.float() - config.shift_factor) * config.scaling_factor
+
+
+def save(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
+    """Write a pipeline folder: transformer and autoencoder in float16, the text encoders in float32.
+
+    Stock `from_pretrained` opens diffusers' parts in float32 whatever is stored, but transformers' parts as they are
+    stored: float16 encoders would meet a float32 transformer, and the first call would fail. The networks of `pipe`
+    keep their own precision.
+    """
+    pipe.save_pretrained(folder)
+    for name in ("transformer", "vae"):
+        half = copy.deepcopy(getattr(pipe, name)).to(torch.float16)
+        half.save_pretrained(folder / name)
 
 
 def quiet() -> None:

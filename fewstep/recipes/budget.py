@@ -1,5 +1,6 @@
-"""How long a distillation takes on this machine, and how to fit it into given minutes. Budgets end up as image counts,
-so that a run is decided by its resolved settings and not by the clock.
+"""How long a distillation takes on this machine, and how to fit it into given minutes.
+
+Budgets end up as image counts, so that a run is decided by its resolved settings and not by the clock.
 """
 
 from __future__ import annotations

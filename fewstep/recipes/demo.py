@@ -72,7 +72,8 @@ def print_plan(pipeline: Pipeline, timed: bool = False) -> None:
     t, d, steps = pipeline.trajectory, pipeline.distribution, len(pipeline.grid) - 1
     print(f"trajectory    {t.trajectories:>10,} teacher trajectories of {2 * steps * t.teacher_substeps} evaluations")
     print(f"              {t.images:>10,} student steps in {t.images // t.batch:,} updates")
-    print(f"distribution  {d.images:>10,} student samples in {d.images // d.batch:,} updates, {d.proxy_updates} of the proxy each")
+    updates = f"{d.images // d.batch:,} updates, {d.proxy_updates} of the proxy each"
+    print(f"distribution  {d.images:>10,} student samples in {updates}")
     print(f"evaluate      {pipeline.evaluate.per_task:>10,} prompts a task, {pipeline.evaluate.seeds} seeds")
     if timed:
         folder = execute.teacher_folder(pipeline)
@@ -89,8 +90,8 @@ def print_result(report: Path) -> None:
     rows = [r for r in data["rows"] if r["scoring"] == "strict" and r["task"] == "overall"]
     print(f"\n{'':24}{'evaluations':>12}{'guidance':>10}{'strict overall':>16}   95 % interval")
     for r in rows:
-        share = f"{100 * r['mean']:.1f} %"
-        print(f"{r['name']:24}{r['nfe'] or '-':>12}{r['guidance_scale']:>10g}{share:>16}   {100 * r['lo']:.1f} to {100 * r['hi']:.1f}")
+        share, interval = f"{100 * r['mean']:.1f} %", f"{100 * r['lo']:.1f} to {100 * r['hi']:.1f}"
+        print(f"{r['name']:24}{r['nfe'] or '-':>12}{r['guidance_scale']:>10g}{share:>16}   {interval}")
     if rows:
         print(f"({rows[0]['n_prompts']} prompts x {rows[0]['n_seeds']} seeds, mean of six tasks)\n")
     verdict = data.get("verdict", "")

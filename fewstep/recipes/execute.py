@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from fewstep import grids
 from fewstep.conditioning import TextCond
@@ -21,6 +21,7 @@ from fewstep.engine.artifact import Artifact
 from fewstep.engine.config import to_dict
 from fewstep.engine.log import read_metrics
 from fewstep.evaluate.outcomes import Outcome
+from fewstep.flow import Velocity
 from fewstep.guidance import guided
 from fewstep.models import sd3
 from fewstep.recipes.pipeline import BUNDLED, Distillation, Pipeline, TeacherTraining
@@ -29,7 +30,7 @@ from fewstep.stages import autoencoder, distribution, evaluate, teacher, traject
 from fewstep.worlds.shapes.architecture import MAX_TOKENS
 from fewstep.worlds.shapes.data import write_latents
 
-RESOLVED = "resolved.yaml"
+RESOLVED, METRICS = "resolved.yaml", "metrics.jsonl"
 FOLDER = {
     "autoencoder": "00-autoencoder",
     "teacher": "01-teacher",
@@ -101,74 +102,124 @@ def teacher_folder(pipeline: Distillation) -> Path:
     return BUNDLED if pipeline.teacher == "bundled" else Path(pipeline.teacher)
 
 
-def _distil(pipeline: Distillation, out: Path, wanted: Sequence[str]) -> Path | None:
-    folder = teacher_folder(pipeline)
+@dataclass(frozen=True)
+class Teacher:
+    """An opened teacher artefact: its record, its pipeline, prompts to conditions, and its guided velocity."""
+
+    record: Artifact
+    pipe: StableDiffusion3Pipeline
+    encode: trajectories.Encode
+    velocity: Velocity
+
+
+def open_teacher(folder: Path) -> Teacher:
+    """Open a teacher.
+
+    Raises:
+        ValueError: not an artefact, or not a teacher.
+    """
     record = artifact.read(folder, "teacher")
     pipe = sd3.load(folder)
-    encode = encoder(pipe, record.t5_tokens)
-    guided_teacher = guided(sd3.velocity(pipe.transformer, torch.bfloat16), encode([""]), record.guidance_scale)
-    steps, work, metrics = len(pipeline.grid) - 1, out / "work", out / "metrics.jsonl"
 
-    def stored() -> trajectories.Trajectories:
-        t, size = pipeline.trajectory, pipe.transformer.config.sample_size
-        trajectories.write(
-            out / "trajectories",
-            guided_teacher,
-            encode,
-            prompts.source(pipeline.prompts, t.seed),
-            grid=pipeline.grid,
-            latent_shape=(pipe.transformer.config.in_channels, size, size),
-            count=t.trajectories,
-            substeps=t.teacher_substeps,
-            seed=t.seed,
+    def encode(texts: Sequence[str]) -> TextCond:
+        return evaluate.encode(pipe, texts, record.t5_tokens, 256)
+
+    network = sd3.velocity(pipe.transformer, torch.bfloat16)
+    return Teacher(record, pipe, encode, guided(network, encode([""]), record.guidance_scale))
+
+
+def _distil(pipeline: Distillation, out: Path, wanted: Sequence[str]) -> Path | None:
+    teacher = open_teacher(teacher_folder(pipeline))
+    if "trajectory" in wanted and not artifact.exists(out / FOLDER["trajectory"]):
+        _trajectory(pipeline, out, teacher)
+    if "distribution" in wanted and not artifact.exists(out / FOLDER["distribution"]):
+        _distribution(pipeline, out, teacher)
+    return _evaluate(pipeline, out, teacher) if "evaluate" in wanted else None
+
+
+def _stored(pipeline: Distillation, out: Path, teacher: Teacher) -> trajectories.Trajectories:
+    """The teacher trajectories of a run; made now if they are not there."""
+    config, network = pipeline.trajectory, teacher.pipe.transformer.config
+    trajectories.write(
+        out / "trajectories",
+        teacher.velocity,
+        teacher.encode,
+        prompts.source(pipeline.prompts, config.seed),
+        grid=pipeline.grid,
+        latent_shape=(network.in_channels, network.sample_size, network.sample_size),
+        count=config.trajectories,
+        substeps=config.teacher_substeps,
+        seed=config.seed,
+    )
+    return trajectories.read(out / "trajectories", config.trajectories, pipeline.grid)
+
+
+def _trajectory(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
+    config, start = pipeline.trajectory, teacher.pipe.transformer
+    with timed(out, "trajectories"):
+        stored = _stored(pipeline, out, teacher)
+    with timed(out, "trajectory"):
+        trained = trajectory.run(config, start, stored, teacher.encode, out / "work" / "trajectory", out / METRICS)
+    made = _student("student_trajectory", pipeline, teacher, {}, config.images, config)
+    _write_student(out / FOLDER["trajectory"], made, teacher, trained)
+
+
+def _distribution(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
+    config, first = pipeline.distribution, out / FOLDER["trajectory"]
+    parent = artifact.read(first, "student_trajectory")
+    with timed(out, "distribution"):
+        trained = distribution.run(
+            config,
+            sd3.load(first).transformer,
+            teacher.pipe.transformer,
+            teacher.velocity,
+            _stored(pipeline, out, teacher),
+            teacher.encode,
+            prompts.source(pipeline.prompts, config.seed),
+            out / "work" / "distribution",
+            out / METRICS,
         )
-        return trajectories.read(out / "trajectories", t.trajectories, pipeline.grid)
+    made = _student("student", pipeline, teacher, {parent.kind: parent.weights}, config.images, config)
+    _write_student(out / FOLDER["distribution"], made, teacher, trained)
 
-    def student(kind: artifact.Kind, parents: dict[str, str], images: int, config: object) -> Artifact:
-        return Artifact(
-            kind=kind,
-            recipe=pipeline.name,
-            grid=pipeline.grid,
-            guidance_scale=1.0,
-            t5_tokens=record.t5_tokens,
-            images_seen=images,
-            parents=parents,
-            config=to_dict(config),
-        )
 
-    first, second = out / FOLDER["trajectory"], out / FOLDER["distribution"]
-    if "trajectory" in wanted and not artifact.exists(first):
-        with timed(out, "trajectory"):
-            trained = trajectory.run(
-                pipeline.trajectory, pipe.transformer, stored(), encode, work / "trajectory", metrics
-            )
-        made = student("student_trajectory", {"teacher": record.weights}, pipeline.trajectory.images, pipeline.trajectory)
-        artifact.write(first, made, with_transformer(pipe, trained).save_pretrained)
-    if "distribution" in wanted and not artifact.exists(second):
-        parent = artifact.read(first, "student_trajectory")
-        with timed(out, "distribution"):
-            trained = distribution.run(
-                pipeline.distribution,
-                sd3.load(first).transformer,
-                pipe.transformer,
-                guided_teacher,
-                stored(),
-                encode,
-                prompts.source(pipeline.prompts, pipeline.distribution.seed),
-                work / "distribution",
-                metrics,
-            )
-        parents = {"teacher": record.weights, "student_trajectory": parent.weights}
-        made = student("student", parents, pipeline.distribution.images, pipeline.distribution)
-        artifact.write(second, made, with_transformer(pipe, trained).save_pretrained)
-    if "evaluate" not in wanted:
-        return None
-    arms = teacher_arms(pipe, record, pipeline.teacher_steps, steps)
-    for name, kind, at in (("student_trajectory", "student_trajectory", first), (pipeline.student_name, "student", second)):
-        made = artifact.read(at, kind)  # type: ignore[arg-type]
-        network = sd3.velocity(sd3.load(at).transformer, torch.bfloat16)
+def _student(
+    kind: artifact.Kind, pipeline: Distillation, teacher: Teacher, parents: dict[str, str], images: int, config: object
+) -> Artifact:
+    return Artifact(
+        kind=kind,
+        recipe=pipeline.name,
+        grid=pipeline.grid,
+        guidance_scale=1.0,
+        t5_tokens=teacher.record.t5_tokens,
+        images_seen=images,
+        parents={"teacher": teacher.record.weights, **parents},
+        config=to_dict(config),
+    )
+
+
+def _write_student(folder: Path, record: Artifact, teacher: Teacher, transformer: SD3Transformer2DModel) -> None:
+    pipe = StableDiffusion3Pipeline(**{**teacher.pipe.components, "transformer": transformer})
+    artifact.write(folder, record, lambda at: sd3.save(pipe, at))
+
+
+def _evaluate(pipeline: Distillation, out: Path, teacher: Teacher) -> Path:
+    """All arms on the report prompts, and the report."""
+    arms = teacher_arms(teacher.pipe, teacher.record, pipeline.teacher_steps, len(pipeline.grid) - 1)
+    students: dict[artifact.Kind, str] = {"student_trajectory": "student_trajectory", "student": pipeline.student_name}
+    for kind, name in students.items():
+        folder = out / FOLDER[artifact.MAKER[kind]]
+        made = artifact.read(folder, kind)
+        network = sd3.velocity(sd3.load(folder).transformer, torch.bfloat16)
         arms.append(evaluate.Arm(name, made.grid, made.guidance_scale, network, made.weights))
-    return _report(pipeline, out, pipe, record, arms)
+    with timed(out, "evaluate"):
+        collected = evaluate.run(
+            pipeline.evaluate, arms, teacher.pipe, teacher.record.t5_tokens, out / page.EVALUATION
+        )
+    spent: dict[str, float] = {}
+    for row in read_metrics(out / "seconds.jsonl"):
+        spent[row["stage"]] = spent.get(row["stage"], 0.0) + row["seconds"]
+    return page.write(out, collected, {"name": pipeline.name, "seconds": spent})
 
 
 def teacher_arms(pipe: StableDiffusion3Pipeline, record: Artifact, teacher_steps: int, steps: int) -> list[evaluate.Arm]:
@@ -185,19 +236,8 @@ def teacher_arms(pipe: StableDiffusion3Pipeline, record: Artifact, teacher_steps
     return arms + ([arm(steps // 2, w)] if steps % 2 == 0 else [])
 
 
-def _report(
-    pipeline: Distillation, out: Path, pipe: StableDiffusion3Pipeline, record: Artifact, arms: list[evaluate.Arm]
-) -> Path:
-    with timed(out, "evaluate"):
-        collected = evaluate.run(pipeline.evaluate, arms, pipe, record.t5_tokens, out / page.EVALUATION)
-    spent: dict[str, float] = {}
-    for row in read_metrics(out / "seconds.jsonl"):
-        spent[row["stage"]] = spent.get(row["stage"], 0.0) + row["seconds"]
-    return page.write(out, collected, {"name": pipeline.name, "seconds": spent})
-
-
 def _train_teacher(pipeline: TeacherTraining, out: Path, wanted: Sequence[str]) -> Path | None:
-    work, metrics = out / "work", out / "metrics.jsonl"
+    work, metrics = out / "work", out / METRICS
     vae_folder, folder = out / FOLDER["autoencoder"], out / FOLDER["teacher"]
     if "autoencoder" in wanted and not (vae_folder / "config.json").is_file():
         with timed(out, "autoencoder"):
@@ -240,29 +280,13 @@ def choose_and_write(pipeline: TeacherTraining, pipe: StableDiffusion3Pipeline, 
         metrics={f"select_strict_w_{w:g}": score for w, score in scores.items()},
         config=to_dict(pipeline.teacher),
     )
-    pipe.to(torch.float16)
-    return artifact.write(folder, made, pipe.save_pretrained)
+    return artifact.write(folder, made, lambda at: sd3.save(pipe, at))
 
 
 def strict_overall(arm: Outcome) -> float:
     """The headline score of an arm, in [0, 1]."""
     found = [r for r in numbers.rows(arm) if r["scoring"] == "strict" and r["task"] == "overall"]
     return float(found[0]["mean"])
-
-
-def encoder(pipe: StableDiffusion3Pipeline, t5_tokens: int) -> trajectories.Encode:
-    """Prompts to conditions in chunks; each distinct prompt is encoded once."""
-
-    def encode(texts: Sequence[str]) -> TextCond:
-        return evaluate.encode(pipe, texts, t5_tokens, 256)
-
-    return encode
-
-
-def with_transformer(pipe: StableDiffusion3Pipeline, transformer: torch.nn.Module) -> StableDiffusion3Pipeline:
-    """The same pipeline around another transformer, everything in float16, which is how artefacts are stored."""
-    parts = {name: copy.deepcopy(part) for name, part in pipe.components.items()}
-    return StableDiffusion3Pipeline(**{**parts, "transformer": transformer}).to(torch.float16)
 
 
 @contextmanager

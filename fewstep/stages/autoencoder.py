@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fewstep import noise
@@ -81,7 +81,7 @@ def load(folder: Path) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(folder, local_files_only=True)
 
 
-def loss(vae: nn.Module, pixels: Tensor, eps: Tensor, phase: Phase) -> dict[str, Tensor]:
+def loss(vae: AutoencoderKL, pixels: Tensor, eps: Tensor, phase: Phase) -> dict[str, Tensor]:
     """Reconstruction and KL of a batch (B, 3, H, W) with posterior noise `eps` (B, 16, H/8, W/8); scalars, fp32."""
     with torch.autocast(pixels.device.type, torch.bfloat16):
         moments = vae.encoder(pixels)

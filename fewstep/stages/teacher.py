@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from torch import Tensor
 
 from fewstep import grids, noise
@@ -20,7 +21,7 @@ from fewstep.worlds.shapes.architecture import MAX_TOKENS, Architecture, build
 from fewstep.worlds.shapes.data import read_latents, wording
 
 TRAINED = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-PICK, POSTERIOR, EPS, TIME, WORDING, DROP, EMPTY = range(7)  # streams of addressed noise
+PICK, EPS, TIME, WORDING, DROP, EMPTY = range(6)  # streams of addressed noise
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Config:
         latents: distinct scenes encoded beforehand.
         t_mean, t_std: logit-normal density of t; a positive mean dwells on noise, where composition is decided.
         encoder_drop: each encoder is dropped (zeros) independently with this probability, as in SD3.
+        encoder_drop_from: share of the images after which dropping begins; before it, words are learned faster (ours).
         empty_prompt: probability of the empty prompt, which is what guidance subtracts.
         compile: compile the transformer (needs a C++ compiler; about a fifth faster on a CPU).
         seed: of weights and of all noise.
@@ -46,6 +48,7 @@ class Config:
     t_mean: float = 0.4
     t_std: float = 1.0
     encoder_drop: float = 0.464
+    encoder_drop_from: float = 0.7
     empty_prompt: float = 0.1
     compile: bool = False
     seed: int = 0
@@ -64,7 +67,7 @@ def run(config: Config, pipe: StableDiffusion3Pipeline, latents: Path, work: Pat
         ValueError: for a budget below one step, or a checkpoint of another stage.
         FloatingPointError: when the loss is not finite.
     """
-    mean, std, asks = read_latents(latents)
+    latents_of, asks = read_latents(latents)
     networks = {name: getattr(pipe, name).requires_grad_(True).train() for name in TRAINED}
     named = [(f"{n}.{p}", w) for n, network in networks.items() for p, w in network.named_parameters()]
     optimizer, ema = Optimizer(named, config.optim), EMA(networks, 0.05 * config.images)
@@ -81,15 +84,16 @@ def run(config: Config, pipe: StableDiffusion3Pipeline, latents: Path, work: Pat
     def step(seen: int) -> dict[str, float]:
         rows = range(seen, seen + config.batch)
 
-        def at(stream: int) -> dict[str, object]:
+        def at(stream: int) -> dict[str, Any]:
             return {"seed": config.seed, "index": rows, "step": stream}
 
         pick = noise.integers(0, len(asks), **at(PICK))
-        x0 = mean[pick].float() + std[pick].float() * noise.normal((16, 8, 8), **at(POSTERIOR))
+        x0 = latents_of[pick].float()
         draws = noise.integers(0, 1 << 30, **at(WORDING)).tolist()
         empty = noise.uniform((), **at(EMPTY)) < config.empty_prompt
         texts = ["" if e else wording(asks[i], d) for i, d, e in zip(pick.tolist(), draws, empty, strict=True)]
-        keep = noise.uniform((3,), **at(DROP)) >= config.encoder_drop
+        dropping = config.encoder_drop if seen >= config.encoder_drop_from * config.images else 0.0
+        keep = noise.uniform((3,), **at(DROP)) >= dropping
         t = grids.logit_normal(noise.normal((), **at(TIME)), config.t_mean, config.t_std)
         with torch.autocast("cpu", torch.bfloat16):
             cond = assemble(drop(sd3.encode_ids(pipe, ids_of(texts)), keep | empty[:, None]))
@@ -114,6 +118,6 @@ def run(config: Config, pipe: StableDiffusion3Pipeline, latents: Path, work: Pat
         network.requires_grad_(False).eval()
 
 
-def untrained(config: Config, pipe_vae: object) -> StableDiffusion3Pipeline:
+def untrained(config: Config, vae: AutoencoderKL) -> StableDiffusion3Pipeline:
     """The pipeline that training starts from, around a trained autoencoder."""
-    return build(config.architecture, pipe_vae, config.seed)
+    return build(config.architecture, vae, config.seed)

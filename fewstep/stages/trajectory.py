@@ -10,6 +10,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from fewstep import noise
+from fewstep.conditioning import TextCond
 from fewstep.data import trajectories
 from fewstep.engine.ema import EMA
 from fewstep.engine.loop import train
@@ -44,20 +45,20 @@ class Config:
 
 
 def update(
-    student: SD3Transformer2DModel, stored: trajectories.Trajectories, cond_of: object, rows: Tensor, steps: Tensor
+    student: SD3Transformer2DModel, stored: trajectories.Trajectories, cond: TextCond, rows: Tensor, steps: Tensor
 ) -> Tensor:
     """Loss of one batch of stored pairs, (B,); gradient reaches the student alone.
 
     Args:
         student: the network that is trained.
         stored: teacher trajectories.
-        cond_of: conditions of all stored prompts, a TextCond of K rows.
+        cond: conditions of all stored prompts, K rows.
         rows: (B,) trajectory numbers.
         steps: (B,) grid steps.
     """
     x_i, target = stored.pair(rows, steps)
     velocity = sd3.velocity(student, torch.bfloat16)
-    return trajectory.loss(velocity, x_i, torch.tensor(stored.grid)[steps], target, cond_of[rows])
+    return trajectory.loss(velocity, x_i, torch.tensor(stored.grid)[steps], target, cond[rows])
 
 
 def run(
@@ -87,8 +88,9 @@ def run(
         losses.mean().backward()
         norm = optimizer.step(seen, config.images)
         ema.update(seen, config.batch)
-        by_step = {f"loss_step_{i}": float(losses.detach()[steps == i].mean()) for i in range(last_step) if (steps == i).any()}
-        return {"loss": float(losses.detach().mean()), "grad_norm": float(norm), **by_step}
+        values = losses.detach()
+        by_step = {f"loss_step_{i}": float(values[steps == i].mean()) for i in range(last_step) if (steps == i).any()}
+        return {"loss": float(values.mean()), "grad_norm": float(norm), **by_step}
 
     train(
         step,

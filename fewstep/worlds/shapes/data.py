@@ -55,15 +55,15 @@ def _pairs(job: tuple[int, int, int]) -> tuple[list[str], np.ndarray]:
 def write_latents(vae: AutoencoderKL, count: int, seed: int, folder: Path, workers: int = 2) -> None:
     """Render `count` training scenes and store their scaled latents and captions; a whole folder is left alone.
 
-    Writes `latents.safetensors` (mean and std of the posterior, scaled, float16, (count, 16, 8, 8) each) and
-    `captions.json` (the first wording of each).
+    Writes `latents.safetensors` (the posterior's mean, scaled, float16, (count, 16, 8, 8)) and `captions.json` (the
+    first wording of each).
     """
     done = folder / "captions.json"
     if done.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(seed, first, min(256, count - first)) for first in range(0, count, 256)]
-    mean, std = (torch.empty(count, 16, 8, 8, dtype=torch.float16) for _ in range(2))
+    mean = torch.empty(count, 16, 8, 8, dtype=torch.float16)
     captions: list[str] = []
     progress = Progress("latents", count)
     vae = vae.to(memory_format=torch.channels_last).eval()
@@ -73,19 +73,18 @@ def write_latents(vae: AutoencoderKL, count: int, seed: int, folder: Path, worke
             with torch.autocast("cpu", torch.bfloat16):
                 posterior = vae.encode(to_pixels(images).contiguous(memory_format=torch.channels_last)).latent_dist
             mean[rows] = (posterior.mean.float() - vae.config.shift_factor) * vae.config.scaling_factor
-            std[rows] = posterior.std.float() * vae.config.scaling_factor
             captions += texts
             progress.show(len(captions))
     progress.close()
-    save_file({"mean": mean, "std": std}, folder / "latents.safetensors")
+    save_file({"mean": mean}, folder / "latents.safetensors")
     partial = done.with_suffix(".partial")
     partial.write_text(json.dumps(captions))
     partial.replace(done)
 
 
-def read_latents(folder: Path) -> tuple[Tensor, Tensor, list[Ask]]:
-    """What `write_latents` stored: mean and std (N, 16, 8, 8), float16, and what each scene's caption says."""
+def read_latents(folder: Path) -> tuple[Tensor, list[Ask]]:
+    """What `write_latents` stored: latents (N, 16, 8, 8), float16, and what each scene's caption says."""
     tensors = load_file(folder / "latents.safetensors")
     captions: list[str] = json.loads((folder / "captions.json").read_text())
     asked = {text: parse(text) for text in set(captions)}
-    return tensors["mean"], tensors["std"], [asked[text] for text in captions]
+    return tensors["mean"], [asked[text] for text in captions]
