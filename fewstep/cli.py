@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from safetensors import SafetensorError
 
 from fewstep.recipes import RECIPES
 
@@ -122,7 +123,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice on image processors is not for our users
     try:
         app.cli(prog="fewstep", description="Turn a slow flow model into a few-step one. Recipes: " + RECIPE_HELP)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:  # a full disk is the last
         if os.environ.get("FEWSTEP_DEBUG"):
             raise
         print(f"fewstep: {' '.join(str(error).split())}", file=sys.stderr)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fewstep import __version__
+from fewstep.engine.checkpoint import whole_folder
 
 Kind = Literal["teacher", "student_trajectory", "student"]
 MAKER: dict[str, str] = {"teacher": "teacher", "student_trajectory": "trajectory", "student": "distribution"}
@@ -67,16 +66,12 @@ def write(folder: Path, record: Artifact, save_model: Callable[[Path], Any]) -> 
         save_model: writes the diffusers folder.
 
     Raises:
-        OSError: when the disk is full or the folder cannot be written; nothing is left at `folder` then.
+        OSError, SafetensorError: when the disk is full or the folder cannot be written; `folder` is then as it was.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_model(partial)
-    whole = Artifact(**{**record.__dict__, "weights": weights_hash(partial)})
-    (partial / RECORD).write_text(json.dumps(asdict(whole), indent=1) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    with whole_folder(folder) as partial:
+        save_model(partial)
+        whole = replace(record, weights=weights_hash(partial))
+        (partial / RECORD).write_text(json.dumps(asdict(whole), indent=1) + "\n")
     return whole
 
 
@@ -93,7 +88,8 @@ def read(folder: Path, kind: Kind | None = None) -> Artifact:
     """
     path = folder / RECORD
     if not folder.is_dir():
-        raise ValueError(f"{folder} does not exist; give a folder that `fewstep run` wrote, such as runs/demo/01-teacher")
+        maker = f"stage `{MAKER[kind]}` makes it" if kind else "give a folder that `fewstep run` wrote"
+        raise ValueError(f"{folder} does not exist; {maker}")
     if not path.is_file():
         raise ValueError(f"{folder} is not a fewstep artefact: {RECORD} is missing. Stages write one: fewstep run --help")
     try:

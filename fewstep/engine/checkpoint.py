@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +30,8 @@ class Stateful(Protocol):
 def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     """Split a nested value into JSON (returned) and tensors (collected under their path)."""
     if isinstance(value, Tensor):
+        while path in tensors:  # keys 1 and "1", or "a/b" and a nested "b", give one path
+            path += "'"
         tensors[path] = value.detach().contiguous()
         return {"__tensor__": path}
     if isinstance(value, Mapping):  # keys may be ints, as in optimiser states
@@ -51,29 +54,47 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return [unpack(item, tensors) for item in value["__list__"]]
 
 
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `target`, in the place of an older one, by a rename at the end of the block.
+
+    When the block fails, what it wrote is deleted (a full disk gets its space back) and `target` is as it was.
+    """
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
 def save(folder: Path, parts: Mapping[str, Stateful], images_seen: int, keep: int = 1) -> Path:
     """Write `folder/checkpoint-<images_seen>` and delete all but the newest `keep` checkpoints.
 
     Raises:
-        OSError: when the disk is full or the folder cannot be written; older checkpoints are then untouched.
+        OSError, SafetensorError: when the disk is full or the folder cannot be written; older checkpoints are then
+            untouched.
     """
     tensors: dict[str, Tensor] = {}
     tree = {name: pack(part.state_dict(), tensors, name) for name, part in parts.items()}
     # Tied or shared storages are cloned: safetensors refuses aliases, and equal values restore equally.
     seen: set[int] = set()
     for key, tensor in tensors.items():
-        if tensor.numel() and tensor.data_ptr() in seen:
+        if tensor.numel() and tensor.untyped_storage().data_ptr() in seen:
             tensors[key] = tensor.clone()
-        seen.add(tensor.data_ptr())
-    target, partial = folder / f"checkpoint-{images_seen}", folder / f"checkpoint-{images_seen}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(tensors, partial / "state.safetensors")
-    (partial / "state.json").write_text(json.dumps({"images_seen": images_seen, "parts": tree}))
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
-    for old in found(folder)[:-keep]:
-        shutil.rmtree(old)
+        seen.add(tensor.untyped_storage().data_ptr())
+    target = folder / f"checkpoint-{images_seen}"
+    with whole_folder(target) as partial:
+        save_file(tensors, partial / "state.safetensors")
+        (partial / "state.json").write_text(json.dumps({"images_seen": images_seen, "parts": tree}))
+    kept = found(folder)[-keep:]
+    for old in folder.glob("checkpoint-*"):  # also what a killed process left half-written or half-deleted
+        if old not in kept:
+            shutil.rmtree(old)
     return target
 
 

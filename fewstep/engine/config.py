@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -92,6 +93,8 @@ def convert(value: Any, hint: Any, path: str) -> Any:
             raise wrong from error
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
+    if hint is float and isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)  # YAML 1.1 reads 1e-4, without a point, as text
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is type(None) and value is None:
@@ -124,7 +127,10 @@ def override(config: C, assignments: list[str]) -> C:
         path, equals, raw = text.partition("=")
         if not equals or not path:
             raise ValueError(f"--set {text!r}: write it as key=value, for example --set distribution.batch=16")
-        nested: Any = yaml.safe_load(raw)
+        try:
+            nested: Any = yaml.safe_load(raw)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {text!r}: {' '.join(str(error).split())}") from error
         for key in reversed(path.split(".")):
             nested = {key: nested}
         config = from_dict(config, nested)

@@ -45,7 +45,7 @@ def train(
 
     Raises:
         ValueError: for a budget below one step.
-        FloatingPointError: when a logged figure is not finite; the last checkpoint is kept.
+        FloatingPointError: when a figure of a step is not finite; the last checkpoint is kept.
     """
     if total_images < images_per_step:
         raise ValueError(f"{stage}.images = {total_images} is less than one step of {images_per_step} images")
@@ -54,16 +54,15 @@ def train(
     saved = time.monotonic()
     note = ""
     while seen < total_images:
-        figures = step(seen)
+        values = {name: float(value) for name, value in step(seen).items()}
         seen += images_per_step
+        bad = [name for name, value in values.items() if not -1e30 < value < 1e30]
+        if bad:  # looked at in every step, so that no checkpoint holds what came of it
+            raise FloatingPointError(
+                f"{stage}: {', '.join(bad)} is not finite after {seen:,} images; lower {stage}.optim.lr. "
+                f"The last checkpoint in {work} is intact"
+            )
         if (seen // images_per_step) % log_every == 0 or seen >= total_images:
-            values = {name: float(value) for name, value in figures.items()}
-            bad = [name for name, value in values.items() if not -1e30 < value < 1e30]
-            if bad:
-                raise FloatingPointError(
-                    f"{stage}: {', '.join(bad)} is not finite after {seen:,} images; lower {stage}.optim.lr. "
-                    f"The last checkpoint in {work} is intact"
-                )
             log.write(seen, values)
             note = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         progress.show(seen, note)

@@ -42,7 +42,7 @@ def run(recipe: str, out: Path, minutes: float) -> None:
         ValueError: a budget that is not positive, or a folder begun with another recipe.
         OSError: a folder that cannot be written, or a full disk.
     """
-    if not minutes > 0:
+    if not 0 < minutes < float("inf"):
         raise ValueError(f"--minutes {minutes:g}: give a positive number of minutes; 1 makes a quick, weak student")
     pipeline = build(recipe)
     assert isinstance(pipeline, Distillation)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +90,9 @@ def run(pipeline: Pipeline, out: Path, stage: str | None = None) -> Path | None:
     if stage is not None and stage not in pipeline.stages:
         raise ValueError(f"unknown stage {stage!r} of {pipeline.name}; one of {', '.join(pipeline.stages)}")
     sd3.quiet()
+    if isinstance(pipeline, Distillation):  # before the folder is claimed with settings that cannot work
+        artifact.read(teacher_folder(pipeline), "teacher")
+        prompts.source(pipeline.prompts, 0)
     claim(pipeline, out)
     wanted = pipeline.stages if stage is None else (stage,)
     if isinstance(pipeline, TeacherTraining):
@@ -160,7 +163,7 @@ def _trajectory(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
         stored = _stored(pipeline, out, teacher)
     with timed(out, "trajectory"):
         trained = trajectory.run(config, start, stored, teacher.encode, out / "work" / "trajectory", out / METRICS)
-    made = _student("student_trajectory", pipeline, teacher, {}, config.images, config)
+    made = _student("student_trajectory", pipeline, teacher, {}, _seen(config), config)
     _write_student(out / FOLDER["trajectory"], made, teacher, trained)
 
 
@@ -179,8 +182,13 @@ def _distribution(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
             out / "work" / "distribution",
             out / METRICS,
         )
-    made = _student("student", pipeline, teacher, {parent.kind: parent.weights}, config.images, config)
+    made = _student("student", pipeline, teacher, {parent.kind: parent.weights}, _seen(config), config)
     _write_student(out / FOLDER["distribution"], made, teacher, trained)
+
+
+def _seen(config: trajectory.Config | distribution.Config) -> int:
+    """Images in whole batches."""
+    return config.images - config.images % config.batch
 
 
 def _student(
@@ -212,7 +220,7 @@ def _evaluate(pipeline: Distillation, out: Path, teacher: Teacher) -> Path:
         made = artifact.read(folder, kind)
         network = sd3.velocity(sd3.load(folder).transformer, torch.bfloat16)
         arms.append(evaluate.Arm(name, made.grid, made.guidance_scale, network, made.weights))
-    with timed(out, "evaluate"):
+    with nullcontext() if evaluate.whole(pipeline.evaluate, arms, out / page.EVALUATION) else timed(out, "evaluate"):
         collected = evaluate.run(
             pipeline.evaluate, arms, teacher.pipe, teacher.record.t5_tokens, out / page.EVALUATION
         )
@@ -259,8 +267,9 @@ def _train_teacher(pipeline: TeacherTraining, out: Path, wanted: Sequence[str]) 
     arms = teacher_arms(pipe, record, pipeline.teacher_steps, 4)
     collected = evaluate.run(pipeline.evaluate, arms, pipe, record.t5_tokens, out / page.EVALUATION)
     rows = [row for arm in collected["arms"].values() for row in numbers.rows(arm)]
-    (out / "report.json").write_text(json.dumps({"protocol": collected["protocol"], "rows": rows}, indent=1))
-    return out / "report.json"
+    partial = out / "report.json.partial"
+    partial.write_text(json.dumps({"protocol": collected["protocol"], "rows": rows}, indent=1))
+    return partial.replace(out / "report.json")
 
 
 def choose_and_write(pipeline: TeacherTraining, pipe: StableDiffusion3Pipeline, folder: Path, scratch: Path) -> Artifact:

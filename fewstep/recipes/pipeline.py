@@ -46,8 +46,10 @@ class Distillation:
             "trajectory.teacher_substeps": self.trajectory.teacher_substeps,
             "distribution.images": self.distribution.images,
             "distribution.batch": self.distribution.batch,
+            "distribution.proxy_updates": self.distribution.proxy_updates,
             "evaluate.per_task": self.evaluate.per_task,
             "evaluate.seeds": self.evaluate.seeds,
+            "evaluate.batch": self.evaluate.batch,
             "teacher_steps": self.teacher_steps,
         }.items():
             if value < 1:

@@ -120,6 +120,12 @@ def run(
     return {"protocol": protocol.summary(), "arms": collected}
 
 
+def whole(config: Config, arms: Sequence[Arm], out: Path, split: Split = "report") -> bool:
+    """Whether `out` already holds every arm, so that `run` only reads."""
+    protocol = shapes_protocol(split, config.per_task, config.seeds, noise_seed=config.noise_seed)
+    return all(outcomes.read(out, arm.name, protocol.hash, arm.fingerprint) for arm in arms)
+
+
 def encode(pipe: StableDiffusion3Pipeline, texts: Sequence[str], t5_tokens: int, batch: int) -> TextCond:
     """Conditions of texts, each distinct one encoded once, in the order given."""
     distinct = list(dict.fromkeys(texts))
