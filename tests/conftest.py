@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before everything else
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -29,3 +30,11 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)  # type: ignore[arg-type]
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artefact of kind teacher: tiny, random, and of the right classes."""
+    from tiny import tiny_teacher
+
+    return tiny_teacher(tmp_path_factory.mktemp("tiny") / "teacher")

@@ -1,0 +1,38 @@
+"""Teacher, student and proxy: who is copied, and who is frozen when."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_pipe
+from torch import nn
+
+from fewstep.models import roles
+
+
+def test_a_trainable_copy_is_another_network_with_the_same_weights() -> None:
+    teacher = tiny_pipe().transformer.half()
+    student = roles.trainable_copy(teacher)
+    assert not student.training
+    for (name, a), b in zip(teacher.named_parameters(), student.parameters(), strict=True):
+        assert b.requires_grad and b.dtype == torch.float32 and not a.requires_grad, name
+        assert torch.equal(a.float(), b) and a.data_ptr() != b.data_ptr()
+    assert {p.dtype for p in teacher.parameters()} == {torch.float16}
+
+
+def test_frozen_networks_pass_gradients_on_and_keep_none() -> None:
+    student, proxy = nn.Linear(2, 2), nn.Linear(2, 2)
+    proxy.bias.requires_grad_(False)
+    with roles.frozen(proxy):
+        loss = proxy(student(torch.ones(1, 2))).sum()
+    loss.backward()
+    assert student.weight.grad is not None and proxy.weight.grad is None
+    assert proxy.weight.requires_grad and not proxy.bias.requires_grad  # as they were
+
+
+def test_frozen_networks_are_released_after_an_error() -> None:
+    a, b = nn.Linear(1, 1), nn.Linear(1, 1)
+    with pytest.raises(RuntimeError), roles.frozen(a, b):
+        assert not a.weight.requires_grad and not b.bias.requires_grad
+        raise RuntimeError
+    assert a.weight.requires_grad and b.bias.requires_grad
