@@ -7,7 +7,6 @@ and a gradient are ours to choose. `encode` gives what the stock pipeline's `enc
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +14,9 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusion3Pipeline
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from fewstep.conditioning import EncoderOutputs, TextCond, assemble
 from fewstep.flow import Velocity
@@ -36,9 +37,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> StableDiffusion3Pi
             f"{folder} is not a model: {index.name} is missing. Give a diffusers pipeline folder, such as one that "
             "`fewstep run` wrote (runs/<name>/<stage>)"
         )
-    from diffusers.utils import logging as diffusers_logging
-
-    diffusers_logging.disable_progress_bar()
+    quiet()
     try:
         pipe = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -132,5 +131,7 @@ def save(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
 
 
 def quiet() -> None:
-    """Silence advice of the libraries that does not concern a user of fewstep (image processors, torchvision)."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    """Silence bars and advice of the libraries that a user of fewstep cannot act on."""
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()

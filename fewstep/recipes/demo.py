@@ -46,7 +46,6 @@ def run(recipe: str, out: Path, minutes: float) -> None:
         raise ValueError(f"--minutes {minutes:g}: give a positive number of minutes; 1 makes a quick, weak student")
     pipeline = build(recipe)
     assert isinstance(pipeline, Distillation)
-    sd3.quiet()
     begun = out / execute.RESOLVED
     if begun.exists():
         pipeline = resolve(recipe, [], begun)

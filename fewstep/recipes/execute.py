@@ -89,7 +89,6 @@ def run(pipeline: Pipeline, out: Path, stage: str | None = None) -> Path | None:
     """
     if stage is not None and stage not in pipeline.stages:
         raise ValueError(f"unknown stage {stage!r} of {pipeline.name}; one of {', '.join(pipeline.stages)}")
-    sd3.quiet()
     if isinstance(pipeline, Distillation):  # before the folder is claimed with settings that cannot work
         artifact.read(teacher_folder(pipeline), "teacher")
         prompts.source(pipeline.prompts, 0)

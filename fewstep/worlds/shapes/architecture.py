@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from string import ascii_lowercase
 
 import torch
 from diffusers import (
@@ -54,13 +55,15 @@ def clip_tokenizer() -> CLIPTokenizer:
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=EOS))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(
-        special_tokens=[BOS, EOS],
+        # Letters that end a word would get numbers in an order that changes from process to process, and a training
+        # that resumes would read other words.
+        special_tokens=[BOS, EOS, *(f"{letter}</w>" for letter in ascii_lowercase)],
         vocab_size=2000,
         end_of_word_suffix="</w>",
-        initial_alphabet=list("abcdefghijklmnopqrstuvwxyz"),
+        initial_alphabet=list(ascii_lowercase),
         show_progress=False,
     )
-    letters = [" ".join("abcdefghijklmnopqrstuvwxyz")]
+    letters = [" ".join(ascii_lowercase)]
     bpe.train_from_iterator([" ".join(vocabulary())] * 4 + letters, trainer)
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
@@ -71,7 +74,7 @@ def t5_tokenizer() -> T5Tokenizer:
     """A unigram tokenizer in which every word of the grammar is one piece; other words fall apart into letters."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -8.0)]
     pieces += [(f"▁{word}", -2.0) for word in vocabulary()]
-    pieces += [(letter, -10.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    pieces += [(letter, -10.0) for letter in ascii_lowercase]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=MAX_TOKENS)
 
 
