@@ -54,7 +54,7 @@ def from_dict(base: C, values: Mapping[str, Any], where: str = "", lines: Mappin
     try:
         return dataclasses.replace(base, **changed)  # type: ignore[type-var]
     except ValueError as error:
-        raise ValueError(f"{where or type(base).__name__}: {error}") from error
+        raise ValueError(f"{where}: {error}" if where else str(error)) from error
 
 
 def convert(value: Any, hint: Any, path: str) -> Any:
@@ -118,11 +118,14 @@ def expected(hint: Any) -> str:
 
 
 def override(config: C, assignments: list[str]) -> C:
-    """Apply `a.b=value` strings in order; values are read as YAML.
+    """Apply `a.b=value` strings, all at once: a later one wins, and only the outcome must make sense.
+
+    Values are read as YAML.
 
     Raises:
         ValueError: malformed assignment, unknown key, wrong type.
     """
+    values: dict[str, Any] = {}
     for text in assignments:
         path, equals, raw = text.partition("=")
         if not equals or not path:
@@ -133,8 +136,15 @@ def override(config: C, assignments: list[str]) -> C:
             raise ValueError(f"--set {text!r}: {' '.join(str(error).split())}") from error
         for key in reversed(path.split(".")):
             nested = {key: nested}
-        config = from_dict(config, nested)
-    return config
+        values = merged(values, nested)
+    return from_dict(config, values)
+
+
+def merged(a: Any, b: Any) -> Any:
+    """`b` over `a`, key by key where both are mappings."""
+    if not (isinstance(a, Mapping) and isinstance(b, Mapping)):
+        return b
+    return {**a, **{key: merged(a[key], value) if key in a else value for key, value in b.items()}}
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

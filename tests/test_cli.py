@@ -1,0 +1,281 @@
+"""The command: what a user can get wrong ends in one line and exit code 2, and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from safetensors import SafetensorError
+from tiny import tiny_pipe, tiny_recipe
+
+from fewstep import cli
+from fewstep.data import trajectories
+from fewstep.engine import artifact
+from fewstep.engine.config import from_dict, to_dict
+from fewstep.recipes import RECIPES, budget, execute
+from fewstep.recipes.pipeline import build
+
+Call = Callable[..., tuple[int, str, str]]
+
+TINY = {
+    "trajectory.images": "8",
+    "trajectory.batch": "4",
+    "trajectory.trajectories": "4",
+    "distribution.images": "4",
+    "distribution.batch": "4",
+    "evaluate.per_task": "1",
+    "evaluate.seeds": "1",
+}
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
+    """Run the command in this process, from an empty folder: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_prepare", lambda: None)  # the tests have their own number of threads
+    monkeypatch.delenv("FEWSTEP_DEBUG", raising=False)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fewstep", *map(str, words)])
+        capfd.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return (code, *capfd.readouterr())
+
+    return run
+
+
+def tiny(teacher: Path) -> list[str]:
+    settings = {"teacher": str(teacher), **TINY}
+    return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+
+
+def refused(call: Call, *words: object) -> str:
+    """The one line of a refused command."""
+    code, _, errors = call(*words)
+    lines = [line for line in errors.splitlines() if not line.startswith(("trajectory ", "teacher traj", "distribution "))]
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("fewstep: "), errors
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "shapes_4stp"], "unknown recipe 'shapes_4stp'; did you mean 'shapes_4step'?"),
+        (["plan", "zzz"], "unknown recipe 'zzz'; one of shapes_4step"),
+        (["run", "shapes_4step", "--stage", "distil"], "unknown stage 'distil' of shapes_4step; one of trajectory"),
+        (["run", "shapes_4step", "--set", "distribution.ste=3"], "unknown key 'distribution.ste'; "),
+        (["run", "shapes_4step", "--set", "distribution.batch=many"], "distribution.batch = 'many': expected a whole"),
+        (["run", "shapes_4step", "--set", "grid=[1"], "--set 'grid=[1': while parsing"),
+        (["run", "shapes_4step", "--set", "trajectory.images=0"], "trajectory.images = 0: a budget of zero"),
+        (["run", "shapes_4step", "--set", "distribution.images=0"], "distribution.images = 0: a budget of zero"),
+        (["run", "shapes_4step", "--config", "none.yaml"], "none.yaml does not exist"),
+        (["run", "shapes_4step", "--set", "teacher=none"], "none does not exist; stage `teacher` makes it"),
+        (["run", "shapes_4step", "--set", "teacher=."], ". is not a fewstep artefact"),
+        (["demo", "--minutes", "0"], "--minutes 0: give a positive number of minutes"),
+        (["demo", "--minutes", "-1"], "--minutes -1: give a positive number"),
+        (["demo", "--minutes", "nan"], "--minutes nan: give a positive number"),
+        (["demo", "--minutes", "inf"], "--minutes inf: give a positive number"),
+        (["show", "none"], "none does not exist"),
+        (["show", "."], ". is not a fewstep artefact"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(call: Call, tmp_path: Path, words: list[str], message: str) -> None:
+    assert refused(call, *words).startswith(f"fewstep: {message}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_prompts_that_is_not_there(call: Call, tmp_path: Path, teacher_folder: Path) -> None:
+    line = refused(call, "run", "shapes_4step", *tiny(teacher_folder), "--set", "prompts=mine.txt")
+    assert "mine.txt is not a file" in line and not list(tmp_path.iterdir())
+
+
+def test_a_config_names_its_line(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("trajectory:\n  batch: 8\n  bacth: 8\n")
+    line = refused(call, "run", "shapes_4step", "--config", "c.yaml")
+    assert line == "fewstep: c.yaml: unknown key 'trajectory.bacth' (line 3); did you mean 'batch'?"
+
+
+def test_an_artefact_of_the_wrong_kind(call: Call, tmp_path: Path) -> None:
+    record = artifact.Artifact("student", "r", (1.0, 0.0), 1.0, 12, 1)
+    artifact.write(tmp_path / "s", record, lambda at: None)
+    line = refused(call, "run", "shapes_4step", "--set", "teacher=s", "--out", "o")
+    assert "s holds a student, a teacher is needed here; stage `teacher` makes one" in line
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_teacher_that_lacks_its_networks(call: Call, tmp_path: Path) -> None:
+    record = artifact.Artifact("teacher", "r", (1.0, 0.0), 1.0, 12, 1)
+    artifact.write(tmp_path / "t", record, lambda at: None)
+    line = refused(call, "run", "shapes_4step", "--set", "teacher=t", "--out", "o")
+    assert "t is not a model: model_index.json is missing" in line
+
+
+@pytest.mark.parametrize("command", ["run", "demo"])
+def test_a_folder_that_cannot_be_written(
+    call: Call, tmp_path: Path, teacher_folder: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    if command == "demo":
+        monkeypatch.setattr(execute, "BUNDLED", teacher_folder)
+        monkeypatch.setattr(budget, "measure", lambda *_: budget.Speed(1e3, 1e3, 1e3))
+        words = ["demo", "--out", "file/run"]
+    else:
+        words = ["run", "shapes_4step", *tiny(teacher_folder), "--out", "file/run"]
+    assert "Not a directory" in refused(call, *words)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def full_safetensors(*_: Any, **__: Any) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("error", [full, full_safetensors])
+def test_a_full_disk_and_then_room_again(
+    call: Call, tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch, error: Any
+) -> None:
+    words = ["run", "shapes_2step", *tiny(teacher_folder), "--stage", "trajectory", "--out", "o"]
+    with monkeypatch.context() as patch:
+        patch.setattr(trajectories, "save_file", error)
+        assert "No space left on device" in refused(call, *words)
+    assert not list((tmp_path / "o" / "trajectories").iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Module, "state_dict", error)  # what every model is saved by
+        assert "No space left on device" in refused(call, *words)
+    assert not list((tmp_path / "o").glob("02*"))
+    assert call(*words)[0] == 0
+    assert artifact.read(tmp_path / "o" / "02-trajectory").kind == "student_trajectory"
+
+
+def test_a_full_disk_really(tmp_path: Path) -> None:
+    """What the library raises where a file cannot be written is what the command catches."""
+    with pytest.raises((OSError, SafetensorError)):
+        safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "missing" / "x.safetensors")
+
+
+def test_changed_settings_in_a_begun_folder(call: Call, tmp_path: Path, teacher_folder: Path) -> None:
+    words = ["run", "shapes_2step", *tiny(teacher_folder), "--stage", "trajectory", "--out", "o"]
+    assert call(*words)[0] == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "o").rglob("*") if p.is_file()}
+    line = refused(call, *words, "--set", "distribution.trajectory_weight=0.1")
+    assert "o was begun with distribution.trajectory_weight = 0.3, now it is 0.1" in line
+    assert "02-trajectory" in str(sorted(before)) and before == {p: p.read_bytes() for p in before}
+    line = refused(call, "run", "shapes_2step", *tiny(teacher_folder), "--stage", "evaluate", "--out", "o")
+    assert "03-distribution does not exist; stage `distribution` makes it" in line
+
+
+def test_a_loss_that_is_not_finite(call: Call, tmp_path: Path, teacher_folder: Path) -> None:
+    words = [*tiny(teacher_folder), "--set", "trajectory.optim.lr=1e30", "--out", "o"]
+    assert "is not finite after" in refused(call, "run", "shapes_2step", *words)
+    assert not (tmp_path / "o" / "02-trajectory").exists()
+
+
+def test_debug_shows_the_traceback(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEWSTEP_DEBUG", "1")
+    with pytest.raises(ValueError, match="unknown recipe"):
+        call("run", "zzz")
+
+
+def test_an_interrupt_says_how_to_go_on(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fewstep.recipes.demo.resolve", stopped)
+    code, _, errors = call("run", "shapes_4step")
+    assert code == 130 and errors == "fewstep: stopped; the same command goes on from the last checkpoint\n"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["demo", "--help"]])
+def test_help_loads_nothing_heavy(words: list[str]) -> None:
+    script = (
+        "import sys, fewstep.cli\n"
+        "try:\n    fewstep.cli.main()\n"
+        "except SystemExit as stop:\n    assert not stop.code\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'scipy', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "shapes_4step" in done.stdout
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_dry_run_prints_settings_that_can_be_fed_back(call: Call, tmp_path: Path, recipe: str) -> None:
+    code, out, _ = call("run", recipe, "--dry-run", "--set", "evaluate.seeds=3")
+    assert code == 0 and "\nstages: " in out
+    printed = yaml.safe_load(out.split("\nstages: ")[0])
+    wanted = build(recipe)
+    wanted = dataclasses.replace(wanted, evaluate=dataclasses.replace(wanted.evaluate, seeds=3))
+    assert from_dict(build(recipe), printed) == wanted
+    (tmp_path / "c.yaml").write_text(out.split("\nstages: ")[0])
+    assert call("run", recipe, "--dry-run", "--config", "c.yaml")[1] == out
+    assert [p.name for p in tmp_path.iterdir()] == ["c.yaml"]
+
+
+def test_a_plan_says_how_long(call: Call, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "measure", lambda *_: budget.Speed(1000.0, 500.0, 200.0))
+    code, out, _ = call("plan", "shapes_4step", *tiny(teacher_folder))
+    assert code == 0 and "estimated on this machine" in out and out.rstrip().splitlines()[-1].startswith("in all")
+
+
+def test_show_recipes_artefacts_and_runs(call: Call, tmp_path: Path, teacher_folder: Path) -> None:
+    code, out, _ = call("show")
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == list(RECIPES)
+    code, out, _ = call("show", teacher_folder)
+    shown = yaml.safe_load(out)
+    assert code == 0 and shown["kind"] == "teacher" and shown["weights"] == artifact.read(teacher_folder).weights
+    assert call("run", "shapes_2step", *tiny(teacher_folder), "--out", "o")[0] == 0
+    code, out, _ = call("show", "o")
+    assert code == 0 and "03-distribution: student, whole" in out and "student_2 " in out and "o/report.html" in out
+
+
+def test_the_demo_fits_itself_into_minutes_and_goes_on_as_it_was_begun(
+    call: Call, tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execute, "BUNDLED", teacher_folder)
+    monkeypatch.setattr(budget, "measure", lambda *_: budget.Speed(1.0, 1.0, 1.0))  # so slow that all is least
+    fit = budget.fit
+
+    def tiny_fit(pipeline: Any, speed: Any, minutes: float) -> Any:
+        fitted, small = fit(pipeline, speed, minutes), tiny_recipe(Path("bundled"), 2)
+        assert fitted.trajectory.trajectories == 64 and fitted.evaluate.per_task == 2
+        return dataclasses.replace(
+            fitted, trajectory=small.trajectory, distribution=small.distribution, evaluate=small.evaluate
+        )
+
+    monkeypatch.setattr(budget, "fit", tiny_fit)
+    code, out, _ = call("demo", "--minutes", "1", "--recipe", "shapes_2step")
+    assert code == 0 and "strict overall" in out and "student_2" in out and (tmp_path / "runs/demo_2step/report.html").exists()
+    code, again, _ = call("demo", "--minutes", "5", "--recipe", "shapes_2step")
+    assert code == 0 and again.startswith("going on with runs/demo_2step as it was begun")
+    assert again.split("\n", 1)[1] == out.split("\n", 1)[1]
+    line = refused(call, "demo", "--out", "runs/demo_2step")
+    assert "was begun with name = 'shapes_2step', now it is 'shapes_4step'" in line
+
+
+def test_budgets_fill_the_minutes_and_grow_with_them(teacher_folder: Path) -> None:
+    pipeline, speed = build("shapes_4step"), budget.Speed(2000.0, 500.0, 300.0)
+    spent = {}
+    for minutes in (5.0, 15.0):
+        fitted = budget.fit(pipeline, speed, minutes)  # type: ignore[arg-type]
+        spent[minutes] = sum(budget.seconds(fitted, speed).values())
+        assert 0.5 * 60 * minutes < spent[minutes] < 60 * minutes
+        assert fitted.trajectory.images % fitted.trajectory.batch == 0
+        assert to_dict(fitted)["grid"] == to_dict(pipeline)["grid"]
+    measured = budget.measure(tiny_pipe(), 12, seconds=0.01)
+    assert min(measured.forward, measured.train, measured.decode) > 0
