@@ -11,12 +11,13 @@ import pytest
 from fewstep.evaluate import outcomes
 from fewstep.evaluate.protocol import shapes_protocol
 from fewstep.report import charts, numbers, page
-from fewstep.report.numbers import BASELINE, CEILING, label, percent, points, sentences
+from fewstep.report.numbers import CEILING, baseline_of, label, percent, points, sentences
 from fewstep.stages.evaluate import seen, true_scene
 from fewstep.worlds.shapes.grammar import TASKS
 from fewstep.worlds.shapes.score import facts
 
 PROTOCOL = shapes_protocol("report", 4, 3)
+BASELINE = "teacher_32_guided"
 NFE = {
     "teacher_32_guided": (64, 4.0),
     "teacher_4_guided": (8, 4.0),
@@ -277,11 +278,17 @@ def test_pages_are_made_of_little(tmp_path: Path) -> None:
     assert "The student fails on no image." in text and not read(text).open
 
 
+def test_the_baseline_is_the_teacher_with_the_most_steps_guided_if_it_can_be() -> None:
+    assert baseline_of(dict.fromkeys(NFE)) == BASELINE
+    assert baseline_of(dict.fromkeys(["teacher_4_guided", "teacher_28_unguided", "student_4"])) == "teacher_28_unguided"
+    assert baseline_of(dict.fromkeys(["teacher_4_unguided", "teacher_4_guided"])) == "teacher_4_guided"
+
+
 def test_what_makes_no_report_is_refused() -> None:
     arms = {a["name"]: a for a in random_arms()}
     with pytest.raises(ValueError, match="student_<steps>"):
         numbers.build(collect([arms[BASELINE]]), {})
-    with pytest.raises(ValueError, match=BASELINE):
+    with pytest.raises(ValueError, match="teacher_<steps>_guided"):
         numbers.build(collect([arms["student_4"]]), {})
     with pytest.raises(ValueError, match="different protocols"):
         numbers.build(collect([arms[BASELINE], {**arms["student_4"], "protocol": "x"}]), {})

@@ -22,6 +22,7 @@ from fewstep.engine import artifact
 from fewstep.engine.config import from_dict
 from fewstep.engine.log import read_metrics
 from fewstep.evaluate import outcomes
+from fewstep.models import sd3
 from fewstep.recipes import execute
 from fewstep.recipes.pipeline import build
 from fewstep.worlds.shapes.grammar import TASKS
@@ -153,6 +154,22 @@ def test_a_run_by_stages_is_the_same_run(run: Run, tmp_path: Path) -> None:
     for stage in ("trajectory", "distribution"):
         assert execute.run(run.pipeline, tmp_path, stage) is None
     assert weights(tmp_path) == weights(run.out)
+
+
+@pytest.mark.parametrize(
+    ("teacher_steps", "scale", "baseline"), [(6, 2.0, "teacher_6_guided"), (2, 1.0, "teacher_2_unguided")]
+)
+def test_any_number_of_teacher_steps_and_no_guidance_make_a_report(
+    tmp_path: Path, teacher_folder: Path, teacher_steps: int, scale: float, baseline: str
+) -> None:
+    record = artifact.read(teacher_folder)
+    teacher = tmp_path / "teacher"
+    pipe = sd3.load(teacher_folder)
+    artifact.write(teacher, replace(record, guidance_scale=scale), lambda at: sd3.save(pipe, at))
+    execute.run(tiny_recipe(teacher, 2, teacher_steps=teacher_steps), tmp_path / "out")
+    data = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert data["baseline"] == baseline
+    assert ("student_2", baseline) in {(p["a"], p["b"]) for p in data["paired"]}
 
 
 def test_other_settings_are_refused_in_a_begun_folder(run: Run) -> None:

@@ -124,6 +124,7 @@ def save(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
     stored: float16 encoders would meet a float32 transformer, and the first call would fail. The networks of `pipe`
     keep their own precision.
     """
+    quiet()
     pipe.save_pretrained(folder)
     for name in ("transformer", "vae"):
         half = copy.deepcopy(getattr(pipe, name)).to(torch.float16)

@@ -240,7 +240,8 @@ def teacher_arms(pipe: StableDiffusion3Pipeline, record: Artifact, teacher_steps
     w = record.guidance_scale
     arms = [evaluate.Arm("autoencoder_ceiling", (), 1.0, None, record.weights)]
     arms += [arm(teacher_steps, w), arm(steps, w), arm(steps, 1.0)]
-    return arms + ([arm(steps // 2, w)] if steps % 2 == 0 else [])
+    arms += [arm(steps // 2, w)] if steps % 2 == 0 else []
+    return list({arm.name: arm for arm in arms}.values())  # some coincide where the teacher needs no guidance
 
 
 def _train_teacher(pipeline: TeacherTraining, out: Path, wanted: Sequence[str]) -> Path | None:

@@ -18,7 +18,6 @@ from fewstep.worlds.shapes.grammar import GENEVAL_TASKS
 
 FORMAT = 1
 SCORINGS = ("strict", "geneval")
-BASELINE = "teacher_32_guided"
 TRAJECTORY = "student_trajectory"
 CEILING = "autoencoder_ceiling"
 
@@ -49,7 +48,7 @@ def build(collected: Mapping[str, Any], run_info: Mapping[str, Any]) -> dict[str
         ValueError: no student or no teacher among the arms, arms of different protocols, or a GenEval task is missing.
     """
     arms: dict[str, Outcome] = dict(collected["arms"])
-    student = student_of(arms)
+    student, baseline = student_of(arms), baseline_of(arms)
     _check(arms)
     seconds = {stage: round(float(s), 1) for stage, s in run_info.get("seconds", {}).items()}
     split = collected["protocol"]["split"]
@@ -57,11 +56,12 @@ def build(collected: Mapping[str, Any], run_info: Mapping[str, Any]) -> dict[str
         "format": FORMAT,
         "name": str(run_info.get("name", "run")),
         "student": student,
+        "baseline": baseline,
         "rows": list(chain.from_iterable(rows(arm) for arm in arms.values())),
         "paired": list(chain.from_iterable(compare(arms[a], arms[b]) for a, b in comparisons(arms))),
         "diversity": variety(arms),
         "role_swap_joint": joint(arms),
-        "changes": changes(arms[student], arms[BASELINE]),
+        "changes": changes(arms[student], arms[baseline]),
         "seconds_per_image": {name: arm["seconds_per_image"] for name, arm in arms.items()},
         "protocol": {**collected["protocol"], "text": [*PROTOCOL_TEXT, split_text(split)]},
         "environment": environment(),
@@ -81,6 +81,19 @@ def student_of(arms: Mapping[str, Any]) -> str:
     if len(found) != 1:
         raise ValueError(f"a report needs one arm named student_<steps>, found {', '.join(arms) or 'none'}")
     return found[0]
+
+
+def baseline_of(arms: Mapping[str, Any]) -> str:
+    """What the student is measured against: the teacher with the most steps, with guidance if it has any.
+
+    Raises:
+        ValueError: no teacher.
+    """
+    names = (re.fullmatch(r"teacher_(\d+)_(un)?guided", name) for name in arms)
+    found = [(int(match[1]), not match[2], match[0]) for match in names if match]
+    if not found:
+        raise ValueError(f"a report needs an arm named teacher_<steps>_guided, found {', '.join(arms) or 'none'}")
+    return max(found)[-1]
 
 
 def rows(arm: Outcome) -> list[dict[str, Any]]:
@@ -110,9 +123,9 @@ def rows(arm: Outcome) -> list[dict[str, Any]]:
 
 def comparisons(arms: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Which arms are compared: every arm with the teacher's best, and the student with every other arm."""
-    student = student_of(arms)
-    against_best = [(name, BASELINE) for name in arms if name != BASELINE]
-    return against_best + [(student, name) for name in arms if name not in (student, BASELINE, CEILING)]
+    student, baseline = student_of(arms), baseline_of(arms)
+    against_best = [(name, baseline) for name in arms if name != baseline]
+    return against_best + [(student, name) for name in arms if name not in (student, baseline, CEILING)]
 
 
 def compare(a: Outcome, b: Outcome) -> list[dict[str, Any]]:
@@ -163,12 +176,12 @@ def changes(student: Outcome, teacher: Outcome) -> list[dict[str, Any]]:
 def sentences(data: Mapping[str, Any]) -> list[str]:
     """The verdict: the student alone, against its teacher, at equal cost, and what the last stage brought."""
     student, arms = data["student"], {r["name"]: r for r in data["rows"] if _headline(r)}
-    own, best = arms[student], arms[BASELINE]
+    own, best = arms[student], arms[data["baseline"]]
     out = [
         f"With {own['nfe']} network evaluations an image, the student is right on {percent(own['mean'])} of images "
         f"({_range(own)}); its teacher takes {best['nfe']} and is right on {percent(best['mean'])} ({_range(best)})."
     ]
-    out.append(f"Student against teacher: {_difference(_pair(data, student, BASELINE))}.")
+    out.append(f"Student against teacher: {_difference(_pair(data, student, data['baseline']))}.")
     equal = [r for name, r in arms.items() if name.startswith("teacher_") and r["nfe"] == own["nfe"]]
     if equal:
         rival = max(equal, key=lambda r: r["mean"])
@@ -264,10 +277,8 @@ def _numbers(e: Estimate) -> dict[str, float]:
 
 
 def _check(arms: Mapping[str, Outcome]) -> None:
-    if BASELINE not in arms:
-        raise ValueError(f"a report needs the arm {BASELINE}, found {', '.join(arms)}")
     if len({arm["protocol"] for arm in arms.values()}) > 1:
         raise ValueError("the arms were made with different protocols: evaluate them together")
-    missing = set(GENEVAL_TASKS) - set(outcomes.tasks(arms[BASELINE]))
+    missing = set(GENEVAL_TASKS) - set(outcomes.tasks(arms[baseline_of(arms)]))
     if missing:
         raise ValueError(f"the overall score needs all GenEval tasks; missing: {', '.join(sorted(missing))}")

@@ -21,7 +21,7 @@ from PIL import Image
 from fewstep.engine.log import clock, read_metrics
 from fewstep.evaluate import outcomes
 from fewstep.report import charts, numbers
-from fewstep.report.numbers import BASELINE, CEILING, TRAJECTORY, label, percent, points
+from fewstep.report.numbers import CEILING, TRAJECTORY, baseline_of, label, percent, points
 from fewstep.worlds.shapes.grammar import TASKS
 
 EVALUATION = "evaluation"  # folder of the outcomes inside a run's folder
@@ -59,7 +59,7 @@ def html(data: Mapping[str, Any], arms: Mapping[str, outcomes.Outcome], run_dir:
     )
     environment.filters |= {"label": label, "percent": percent, "points": points, "clock": clock}
     student = data["student"]
-    shown = [name for name in (BASELINE, TRAJECTORY, student) if name in arms]
+    shown = [name for name in (data["baseline"], TRAJECTORY, student) if name in arms]
     overall = [r for r in data["rows"] if r["task"] == "overall"]
     cards, failed = picture_cards(arms, student, run_dir / EVALUATION)
     return environment.from_string(template).render(
@@ -71,7 +71,7 @@ def html(data: Mapping[str, Any], arms: Mapping[str, outcomes.Outcome], run_dir:
         task_names=TASK_NAMES,
         against=[p for p in data["paired"] if p["task"] == "overall" and p["scoring"] == "strict"],
         student=student,
-        baseline=BASELINE,
+        baseline=data["baseline"],
         cards=cards,
         failed=failed,
         failures_shown=min(failed, FAILURES),
@@ -85,9 +85,9 @@ def html(data: Mapping[str, Any], arms: Mapping[str, outcomes.Outcome], run_dir:
 def key_figures(data: Mapping[str, Any]) -> list[dict[str, str]]:
     """The three figures at the top: how right, how many evaluations, how fast."""
     rows = {r["name"]: r for r in data["rows"] if r["task"] == "overall" and r["scoring"] == "strict"}
-    own, best = rows[data["student"]], rows[BASELINE]
+    own, best = rows[data["student"]], rows[data["baseline"]]
     pace = data["seconds_per_image"]
-    mine, its = pace[data["student"]], pace[BASELINE]
+    mine, its = pace[data["student"]], pace[data["baseline"]]
     return [
         {
             "value": percent(own["mean"]),
@@ -124,7 +124,7 @@ def picture_cards(
         The cards, and how many of the student's images failed in all.
     """
     plain = f"teacher_{student.removeprefix('student_')}_unguided"
-    columns = [name for name in (BASELINE, student, TRAJECTORY, plain) if name in arms]
+    columns = [name for name in dict.fromkeys((baseline_of(arms), student, TRAJECTORY, plain)) if name in arms]
     own = arms[student]["results"]
     wrong = [i for i, r in enumerate(own) if not r["strict"]]
     right = [i for i, r in enumerate(own) if r["strict"]]
