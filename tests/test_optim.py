@@ -10,6 +10,7 @@ import torch
 from tiny import tiny_pipe
 from torch import nn
 
+from fewstep.engine.checkpoint import pack, unpack
 from fewstep.engine.optim import Optim, Optimizer, lr_at
 
 
@@ -74,3 +75,23 @@ def test_state_round_trip_is_exact(name: Literal["adamw", "muon"]) -> None:
         step(other, resumed, seen)
     for a, b in zip(network.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_state_is_restored_in_the_layout_of_its_parameter() -> None:
+    """Fused AdamW reads memory in order: a contiguous state beside a channels-last weight would be shuffled."""
+    torch.manual_seed(0)
+    network = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    optimizer, x = Optimizer(network.named_parameters(), Optim(lr=0.1, betas=(0.9, 0.99))), torch.randn(2, 3, 5, 5)
+
+    def step(network: nn.Conv2d, optimizer: Optimizer) -> None:
+        network(x).square().sum().backward()
+        optimizer.step(0, 1)
+
+    step(network, optimizer)
+    other = copy.deepcopy(network)
+    resumed = Optimizer(other.named_parameters(), optimizer.config)
+    stored: dict[str, torch.Tensor] = {}
+    resumed.load_state_dict(unpack(pack(copy.deepcopy(optimizer.state_dict()), stored), stored))
+    step(network, optimizer)
+    step(other, resumed)
+    assert torch.equal(network.weight, other.weight)

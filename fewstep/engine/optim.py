@@ -84,3 +84,7 @@ class Optimizer:
         """Restore states written by `state_dict`."""
         for part, saved in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict({"state": saved, "param_groups": part.state_dict()["param_groups"]})
+            for parameter, state in part.state.items():  # fused AdamW pairs elements by memory: same layout, or nonsense
+                for name, value in state.items():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
