@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fewstep.engine import checkpoint
@@ -133,6 +134,15 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path: Path) -> None:
     with whole_folder(target) as partial:
         (partial / "new").write_text("2")
     assert [p.name for p in target.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("kind", [SafetensorError, Exception])
+def test_full_disks_of_libraries_written_in_rust_are_os_errors(tmp_path: Path, kind: type[Exception]) -> None:
+    with pytest.raises(OSError, match="No space left"), whole_folder(tmp_path / "a"):
+        raise kind("No space left on device (os error 28)")
+    with pytest.raises(kind, match="something else"), whole_folder(tmp_path / "a"):
+        raise kind("something else")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

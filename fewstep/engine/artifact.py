@@ -66,7 +66,7 @@ def write(folder: Path, record: Artifact, save_model: Callable[[Path], Any]) -> 
         save_model: writes the diffusers folder.
 
     Raises:
-        OSError, SafetensorError: when the disk is full or the folder cannot be written; `folder` is then as it was.
+        OSError: when the disk is full or the folder cannot be written; `folder` is then as it was.
     """
     with whole_folder(folder) as partial:
         save_model(partial)

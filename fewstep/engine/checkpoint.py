@@ -59,6 +59,9 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """A folder to fill that becomes `target`, in the place of an older one, by a rename at the end of the block.
 
     When the block fails, what it wrote is deleted (a full disk gets its space back) and `target` is as it was.
+
+    Raises:
+        OSError: when the disk is full or the folder cannot be written.
     """
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -67,8 +70,10 @@ def whole_folder(target: Path) -> Iterator[Path]:
         yield partial
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if "(os error" in str(error):  # safetensors and tokenizers report a full disk by exceptions of their own
+            raise OSError(f"{target} could not be written: {error}") from error
         raise
 
 
@@ -76,8 +81,7 @@ def save(folder: Path, parts: Mapping[str, Stateful], images_seen: int, keep: in
     """Write `folder/checkpoint-<images_seen>` and delete all but the newest `keep` checkpoints.
 
     Raises:
-        OSError, SafetensorError: when the disk is full or the folder cannot be written; older checkpoints are then
-            untouched.
+        OSError: when the disk is full or the folder cannot be written; older checkpoints are then untouched.
     """
     tensors: dict[str, Tensor] = {}
     tree = {name: pack(part.state_dict(), tensors, name) for name, part in parts.items()}
