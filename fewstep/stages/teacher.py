@@ -42,13 +42,13 @@ class Config:
         optim: optimiser.
     """
 
-    images: int = 600_000
+    images: int = 400_000
     batch: int = 128
     latents: int = 100_000
     t_mean: float = 0.4
     t_std: float = 1.0
     encoder_drop: float = 0.464
-    encoder_drop_from: float = 0.7
+    encoder_drop_from: float = 0.8
     empty_prompt: float = 0.1
     compile: bool = False
     seed: int = 0
