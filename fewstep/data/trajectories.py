@@ -80,11 +80,12 @@ def write(
         OSError: when the folder cannot be written or the disk is full; whole shards stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    progress = Progress("teacher trajectories", count)
+    progress: Progress | None = None  # shown only when something is made
     for first in range(0, count, SHARD):
         rows = range(first, min(first + SHARD, count))
         path = folder / f"{first:07d}-{len(rows):03d}.safetensors"
         if not path.exists():
+            progress = progress or Progress("teacher trajectories", count, first)
             prompts = [prompt_at(k) for k in rows]
             cond, x = encode(prompts), noise.normal(latent_shape, seed=seed, index=rows, step=INITIAL)
             states = [x]
@@ -96,8 +97,10 @@ def write(
             partial = path.with_suffix(".partial")
             save_file({"x": torch.stack(states, dim=1)}, partial, {"prompts": json.dumps(prompts), "grid": json.dumps(grid)})
             partial.replace(path)
-        progress.show(rows.stop)
-    progress.close()
+        if progress:
+            progress.show(rows.stop)
+    if progress:
+        progress.close()
 
 
 def read(folder: Path, count: int, grid: tuple[float, ...]) -> Trajectories:
