@@ -106,3 +106,12 @@ def test_what_is_not_aligned_is_refused() -> None:
         bootstrap(np.ones((4, 2)), ["a"] * 3)
     with pytest.raises(ValueError, match="same prompts and seeds"):
         paired(np.ones((4, 2)), np.ones((4, 3)), ["a"] * 4)
+
+
+def test_a_share_never_has_an_end_below_zero_or_above_one() -> None:
+    for count in range(10, 40):
+        values = np.zeros((count, 4))
+        values[3, 1] = 1  # one image in all: the lower end is 0, not a rounding error below it
+        lowest, highest = (bootstrap(v, ["colors"] * count, 500)["colors"] for v in (values, 1 - values))
+        assert lowest.lo >= 0 and highest.hi <= 1
+        assert not str(lowest.lo).startswith("-")

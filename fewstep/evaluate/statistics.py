@@ -59,8 +59,9 @@ def bootstrap(
     for stream, name in enumerate(names):
         own = rows[np.array([t == name for t in tasks])]
         means[name] = float(own.mean())
-        # Centred, so that prompts which all agree give their mean exactly.
-        drawn[name] = own.mean() + resampling(len(own), draws, seed, stream) @ (own - own.mean()) / len(own)
+        # Centred, so that prompts which all agree give their mean exactly; rounded, so that no share falls below 0.
+        centred = resampling(len(own), draws, seed, stream) @ (own - own.mean()) / len(own)
+        drawn[name] = (own.mean() + centred).round(12) + 0.0
     if set(GENEVAL_TASKS) <= set(names):
         means[OVERALL] = float(np.mean([means[t] for t in GENEVAL_TASKS]))
         drawn[OVERALL] = np.mean([drawn[t] for t in GENEVAL_TASKS], axis=0)
