@@ -59,9 +59,10 @@ def bootstrap(
     for stream, name in enumerate(names):
         own = rows[np.array([t == name for t in tasks])]
         means[name] = float(own.mean())
-        # Centred, so that prompts which all agree give their mean exactly; rounded, so that no share falls below 0.
-        centred = resampling(len(own), draws, seed, stream) @ (own - own.mean()) / len(own)
-        drawn[name] = (own.mean() + centred).round(12) + 0.0
+        # Centred, so that prompts which all agree give their mean exactly.
+        draw = own.mean() + resampling(len(own), draws, seed, stream) @ (own - own.mean()) / len(own)
+        nearest = draw.round() + 0.0  # a share of 0 or 1 must not fall outside by a rounding error
+        drawn[name] = np.where(np.abs(draw - nearest) < 1e-12, nearest, draw)
     if set(GENEVAL_TASKS) <= set(names):
         means[OVERALL] = float(np.mean([means[t] for t in GENEVAL_TASKS]))
         drawn[OVERALL] = np.mean([drawn[t] for t in GENEVAL_TASKS], axis=0)
