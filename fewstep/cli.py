@@ -23,9 +23,8 @@ def _prepare() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
 
-    from fewstep.engine.checkpoint import default_threads
-
-    torch.set_num_threads(default_threads())
+    if hasattr(os, "sched_getaffinity"):
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
 
 
 @app.command

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -127,8 +126,3 @@ def restore(folder: Path, parts: Mapping[str, Stateful]) -> int:
     for name, part in parts.items():
         part.load_state_dict(unpack(record["parts"][name], tensors))
     return int(record["images_seen"])
-
-
-def default_threads() -> int:
-    """Torch's CPU threads: all cores this process may use, so that runs on one machine agree bit for bit."""
-    return max(1, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else torch.get_num_threads()
