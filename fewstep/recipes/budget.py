@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from diffusers import StableDiffusion3Pipeline
 
+from fewstep.engine.precision import fast_dtype
 from fewstep.models import roles, sd3
 from fewstep.recipes.pipeline import Distillation
 
@@ -45,10 +46,10 @@ def measure(pipe: StableDiffusion3Pipeline, t5_tokens: int, seconds: float = 2.0
 
     def forward() -> None:
         with torch.no_grad():
-            sd3.velocity(pipe.transformer, torch.bfloat16)(x, t, cond)
+            sd3.velocity(pipe.transformer, fast_dtype())(x, t, cond)
 
     def train() -> None:
-        sd3.velocity(student, torch.bfloat16)(x, t, cond).square().mean().backward()
+        sd3.velocity(student, fast_dtype())(x, t, cond).square().mean().backward()
         student.zero_grad()
 
     def rate(call: Callable[[], object]) -> float:

@@ -20,6 +20,7 @@ from fewstep.engine import artifact
 from fewstep.engine.artifact import Artifact
 from fewstep.engine.config import to_dict
 from fewstep.engine.log import read_metrics
+from fewstep.engine.precision import fast_dtype
 from fewstep.evaluate.outcomes import Outcome
 from fewstep.flow import Velocity
 from fewstep.guidance import guided
@@ -126,7 +127,7 @@ def open_teacher(folder: Path) -> Teacher:
     def encode(texts: Sequence[str]) -> TextCond:
         return evaluate.encode(pipe, texts, record.t5_tokens, 256)
 
-    network = sd3.velocity(pipe.transformer, torch.bfloat16)
+    network = sd3.velocity(pipe.transformer, fast_dtype())
     return Teacher(record, pipe, encode, guided(network, encode([""]), record.guidance_scale))
 
 
@@ -217,7 +218,7 @@ def _evaluate(pipeline: Distillation, out: Path, teacher: Teacher) -> Path:
     for kind, name in students.items():
         folder = out / FOLDER[artifact.MAKER[kind]]
         made = artifact.read(folder, kind)
-        network = sd3.velocity(sd3.load(folder).transformer, torch.bfloat16)
+        network = sd3.velocity(sd3.load(folder).transformer, fast_dtype())
         arms.append(evaluate.Arm(name, made.grid, made.guidance_scale, network, made.weights))
     with nullcontext() if evaluate.whole(pipeline.evaluate, arms, out / page.EVALUATION) else timed(out, "evaluate"):
         collected = evaluate.run(
@@ -231,7 +232,7 @@ def _evaluate(pipeline: Distillation, out: Path, teacher: Teacher) -> Path:
 
 def teacher_arms(pipe: StableDiffusion3Pipeline, record: Artifact, teacher_steps: int, steps: int) -> list[evaluate.Arm]:
     """The ceiling; the teacher in full, at the student's steps with guidance, and at the student's evaluations."""
-    network = sd3.velocity(pipe.transformer, torch.bfloat16)
+    network = sd3.velocity(pipe.transformer, fast_dtype())
 
     def arm(count: int, scale: float) -> evaluate.Arm:
         name = f"teacher_{count}_{'unguided' if scale == 1 else 'guided'}"
@@ -248,8 +249,11 @@ def _train_teacher(pipeline: TeacherTraining, out: Path, wanted: Sequence[str]) 
     work, metrics = out / "work", out / METRICS
     vae_folder, folder = out / FOLDER["autoencoder"], out / FOLDER["teacher"]
     if "autoencoder" in wanted and not (vae_folder / "config.json").is_file():
-        with timed(out, "autoencoder"):
-            vae = autoencoder.run(pipeline.autoencoder, work / "autoencoder", metrics)
+        if pipeline.reuse_autoencoder:
+            vae = autoencoder.load(BUNDLED / "vae")
+        else:
+            with timed(out, "autoencoder"):
+                vae = autoencoder.run(pipeline.autoencoder, work / "autoencoder", metrics)
         partial = vae_folder.with_name(vae_folder.name + ".partial")
         vae.save_pretrained(partial)
         partial.replace(vae_folder)
@@ -274,7 +278,7 @@ def _train_teacher(pipeline: TeacherTraining, out: Path, wanted: Sequence[str]) 
 
 def choose_and_write(pipeline: TeacherTraining, pipe: StableDiffusion3Pipeline, folder: Path, scratch: Path) -> Artifact:
     """Choose the guidance scale on selection prompts by the strict overall score, and write the teacher's artefact."""
-    network, grid = sd3.velocity(pipe.transformer, torch.bfloat16), grids.shifted_grid(pipeline.teacher_steps)
+    network, grid = sd3.velocity(pipe.transformer, fast_dtype()), grids.shifted_grid(pipeline.teacher_steps)
     arms = [evaluate.Arm(f"w_{w:g}", grid, w, network, "selection") for w in pipeline.guidance_scales]
     collected = evaluate.run(pipeline.evaluate, arms, pipe, MAX_TOKENS, scratch, split="select")
     scores = {w: strict_overall(collected["arms"][f"w_{w:g}"]) for w in pipeline.guidance_scales}

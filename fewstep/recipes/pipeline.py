@@ -71,12 +71,14 @@ class TeacherTraining:
 
     Attributes:
         name: the recipe's name.
+        reuse_autoencoder: take the bundled autoencoder instead of training one (which costs about an hour).
         autoencoder, teacher, evaluate: settings of the stages.
         teacher_steps: steps it is measured at.
         guidance_scales: tried on selection prompts; the best goes into the artefact.
     """
 
     name: str
+    reuse_autoencoder: bool = False
     autoencoder: autoencoder.Config = field(default_factory=autoencoder.Config)
     teacher: teacher.Config = field(default_factory=teacher.Config)
     evaluate: evaluate.Config = field(default_factory=evaluate.Config)

@@ -14,6 +14,7 @@ from fewstep import noise
 from fewstep.engine.ema import EMA
 from fewstep.engine.loop import train
 from fewstep.engine.optim import Optim, Optimizer
+from fewstep.engine.precision import autocast
 from fewstep.worlds.shapes.data import training_images
 
 
@@ -83,7 +84,7 @@ def load(folder: Path) -> AutoencoderKL:
 
 def loss(vae: AutoencoderKL, pixels: Tensor, eps: Tensor, phase: Phase) -> dict[str, Tensor]:
     """Reconstruction and KL of a batch (B, 3, H, W) with posterior noise `eps` (B, 16, H/8, W/8); scalars, fp32."""
-    with torch.autocast(pixels.device.type, torch.bfloat16):
+    with autocast():
         moments = vae.encoder(pixels)
         mean, logvar = moments.float().chunk(2, dim=1)
         logvar = logvar.clamp(-12.0, 8.0)

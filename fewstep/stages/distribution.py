@@ -19,6 +19,7 @@ from fewstep.data import trajectories
 from fewstep.engine.ema import EMA
 from fewstep.engine.loop import train
 from fewstep.engine.optim import Optim, Optimizer
+from fewstep.engine.precision import fast_dtype
 from fewstep.flow import Velocity
 from fewstep.models import roles, sd3
 from fewstep.objectives import distribution, flow_matching
@@ -66,7 +67,7 @@ def proxy_update(
     stream = PROXY + 2 * number
     t = grids.logit_normal(noise.normal((), seed=config.seed, index=rows, step=stream), config.t_mean, config.t_std)
     eps = noise.normal(samples.shape[1:], seed=config.seed, index=rows, step=stream + 1)
-    return flow_matching.loss(sd3.velocity(proxy, torch.bfloat16), samples.detach(), eps, t, cond).mean()
+    return flow_matching.loss(sd3.velocity(proxy, fast_dtype()), samples.detach(), eps, t, cond).mean()
 
 
 def student_update(
@@ -82,13 +83,13 @@ def student_update(
 ) -> distribution.DMResult:
     """Distribution matching for grid step `i` from states `x_i` (B, 16, H, W); gradient reaches the student alone."""
     t_i, t_next = torch.full((len(x_i),), grid[i]), torch.full((len(x_i),), grid[i + 1])
-    v = sd3.velocity(student, torch.bfloat16)(x_i, t_i, cond)
+    v = sd3.velocity(student, fast_dtype())(x_i, t_i, cond)
 
     def fresh() -> Tensor:
         return noise.normal(x_i.shape[1:], seed=config.seed, index=rows, step=RENOISE)
 
     u = noise.uniform((), seed=config.seed, index=rows, step=TAU)
-    frozen_proxy = sd3.velocity(proxy, torch.bfloat16)
+    frozen_proxy = sd3.velocity(proxy, fast_dtype())
     return distribution.loss(config.switches, teacher, frozen_proxy, x_i, t_i, t_next, v, cond, fresh, u)
 
 
@@ -131,7 +132,7 @@ def run(
         cond = encode([prompt_at(k) for k in rows])
         x = noise.normal(stored.x.shape[2:], seed=config.seed, index=rows, step=INITIAL)
         with torch.no_grad():
-            path = rollout(sd3.velocity(student, torch.bfloat16), x, grid, cond)
+            path = rollout(sd3.velocity(student, fast_dtype()), x, grid, cond)
         for number in range(config.proxy_updates):
             proxy_loss = proxy_update(proxy, path.x[-1], cond, config, rows, number)
             proxy_loss.backward()

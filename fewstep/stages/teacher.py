@@ -15,6 +15,7 @@ from fewstep.conditioning import assemble, drop
 from fewstep.engine.ema import EMA
 from fewstep.engine.loop import train
 from fewstep.engine.optim import Optim, Optimizer
+from fewstep.engine.precision import autocast
 from fewstep.models import sd3
 from fewstep.objectives import flow_matching
 from fewstep.worlds.shapes.architecture import MAX_TOKENS, Architecture, build
@@ -42,20 +43,20 @@ class Config:
         optim: optimiser.
     """
 
-    images: int = 400_000
-    batch: int = 128
-    latents: int = 100_000
-    t_mean: float = 0.4
+    images: int = 600_000
+    batch: int = 32
+    latents: int = 80_000
+    t_mean: float = 0.8
     t_std: float = 1.0
     encoder_drop: float = 0.464
-    encoder_drop_from: float = 0.8
+    encoder_drop_from: float = 0.6
     empty_prompt: float = 0.1
     compile: bool = False
     seed: int = 0
     architecture: Architecture = field(default_factory=Architecture)
     optim: Optim = field(
         default_factory=lambda: Optim(
-            name="muon", lr=3e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_images=12_800, final_lr_ratio=0.01
+            lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_images=12_800, final_lr_ratio=0.01
         )
     )
 
@@ -95,7 +96,7 @@ def run(config: Config, pipe: StableDiffusion3Pipeline, latents: Path, work: Pat
         dropping = config.encoder_drop if seen >= config.encoder_drop_from * config.images else 0.0
         keep = noise.uniform((3,), **at(DROP)) >= dropping
         t = grids.logit_normal(noise.normal((), **at(TIME)), config.t_mean, config.t_std)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             cond = assemble(drop(sd3.encode_ids(pipe, ids_of(texts)), keep | empty[:, None]))
             losses = flow_matching.loss(velocity, x0, noise.normal((16, 8, 8), **at(EPS)), t, cond)
         loss = losses.mean()

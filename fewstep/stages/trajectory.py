@@ -15,6 +15,7 @@ from fewstep.data import trajectories
 from fewstep.engine.ema import EMA
 from fewstep.engine.loop import train
 from fewstep.engine.optim import Optim, Optimizer
+from fewstep.engine.precision import fast_dtype
 from fewstep.models import roles, sd3
 from fewstep.objectives import trajectory
 
@@ -57,7 +58,7 @@ def update(
         steps: (B,) grid steps.
     """
     x_i, target = stored.pair(rows, steps)
-    velocity = sd3.velocity(student, torch.bfloat16)
+    velocity = sd3.velocity(student, fast_dtype())
     return trajectory.loss(velocity, x_i, torch.tensor(stored.grid)[steps], target, cond[rows])
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.engine.log import Progress
+from fewstep.engine.precision import autocast
 from fewstep.worlds.shapes.grammar import Ask, parse, wordings
 from fewstep.worlds.shapes.prompts import training_ask, training_scene
 from fewstep.worlds.shapes.render import render
@@ -70,7 +71,7 @@ def write_latents(vae: AutoencoderKL, count: int, seed: int, folder: Path, worke
     with ProcessPoolExecutor(workers) as pool, torch.no_grad():
         for texts, images in pool.map(_pairs, jobs):
             rows = slice(len(captions), len(captions) + len(texts))
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 posterior = vae.encode(to_pixels(images).contiguous(memory_format=torch.channels_last)).latent_dist
             mean[rows] = (posterior.mean.float() - vae.config.shift_factor) * vae.config.scaling_factor
             captions += texts
