@@ -49,6 +49,34 @@ def shifted_grid(num_steps: int, shift: float = 3.0) -> tuple[float, ...]:
     return check_grid([_shift(i / num_steps, shift) for i in range(num_steps, -1, -1)])
 
 
+def random_grid(uniforms: Sequence[float], shift: float = 3.0, spread: float = 0.8) -> tuple[float, ...]:
+    """A grid from 1 to 0 with random times between: for training rollouts (after CDM; the law is ours).
+
+    Before the shift, interior time k = 1 .. N - 1, counted from data, is
+
+        (1 - spread) k / N + spread u_(k)        u_(k): the k-th smallest of N - 1 uniforms
+
+    Its mean is k / N, so grids scatter about `shifted_grid(N)`; neighbours stay (1 - spread) / N apart, so
+    that no step is empty. spread = 0 is that grid itself.
+
+    Args:
+        uniforms: N - 1 numbers in [0, 1], in any order; none gives the one-step grid (1, 0).
+        shift: as in `shifted_grid`.
+        spread: in [0, 1).
+
+    Raises:
+        ValueError: a uniform outside [0, 1], `spread` outside [0, 1) or `shift` not positive.
+    """
+    if not 0 <= spread < 1:
+        raise ValueError(f"spread must be in [0, 1), got {spread}: at 1 two times may coincide")
+    ordered = sorted(float(u) for u in uniforms)
+    if not all(0 <= u <= 1 for u in ordered):  # nan fails, too
+        raise ValueError(f"uniforms must be in [0, 1], got {ordered}")
+    num_steps = len(ordered) + 1
+    inner = [(1 - spread) * k / num_steps + spread * u for k, u in enumerate(ordered, start=1)]
+    return check_grid([_shift(t, shift) for t in [1.0, *reversed(inner), 0.0]])
+
+
 def stock_twice_shifted_grid(num_steps: int, shift: float = 3.0) -> tuple[float, ...]:
     """What the stock flow-matching Euler scheduler visits when only a number of steps is given.
 

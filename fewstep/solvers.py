@@ -1,8 +1,8 @@
 """Samplers as functions of (velocity, x, grid). No state, no scheduler object.
 
-Every step has the form x_next = x + (t_next - t_cur) v: for Euler v is the velocity at x, for Heun the mean
-of the velocities at both ends. States are float32 or wider. NFE is calls times `velocity.nfe_per_call`, which
-is 1 where absent.
+A deterministic step has the form x_next = x + (t_next - t_cur) v: for Euler v is the velocity at x, for Heun
+the mean of the velocities at both ends. A re-noising step keeps nothing of x but its data prediction. States
+are float32 or wider. NFE is calls times `velocity.nfe_per_call`, which is 1 where absent.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fewstep.flow import Velocity, expand_t, wide
+from fewstep.flow import Velocity, expand_t, interpolate, wide, x0_from_velocity
 from fewstep.grids import check_grid
 
 Solver = Literal["euler", "heun"]
@@ -50,7 +50,8 @@ class Trajectory:
 
     Attributes:
         x: (S + 1, B, ...), x[0] the start and x[-1] the sample.
-        v: (S, B, ...), the velocity each step moved along: x[i + 1] = x[i] + (grid[i + 1] - grid[i]) v[i].
+        v: (S, B, ...), the velocity each step moved along: x[i + 1] = x[i] + (grid[i + 1] - grid[i]) v[i];
+            of a re-noising rollout, the velocity at x[i].
         grid: S + 1 times.
         nfe: network evaluations per sample.
     """
@@ -81,6 +82,37 @@ def rollout(
     xs, vs = [x], []
     for t_cur, t_next in zip(times[:-1], times[1:], strict=True):
         x, v = step(counted, x, _full(t_cur, x), _full(t_next, x), cond)
+        xs.append(x)
+        vs.append(v)
+    return Trajectory(torch.stack(xs), torch.stack(vs), times, counted.nfe)
+
+
+def renoising_rollout(
+    velocity: Velocity, x: Tensor, grid: Sequence[float], cond: Any, noise: Callable[[int], Tensor]
+) -> Trajectory:
+    """SDE rollout: every step goes to its data prediction and back up with fresh noise (DMD2).
+
+    x0_hat = x_i - t_i v(x_i, t_i), then x_{i+1} = (1 - t_{i+1}) x0_hat + t_{i+1} eps_i. The last step stays
+    at x0_hat. Unlike along `rollout`, a state's noise is independent of what the state was made from.
+
+    Args:
+        velocity: velocity(x_t, t, cond).
+        x: (B, ...), the state at time grid[0] (pure noise if that is 1).
+        grid: S + 1 decreasing times ending at 0.
+        cond: handed to `velocity` unchanged.
+        noise: noise(i) gives eps_i (B, ...), standard normals, for the step that starts at grid[i]; the last
+            step asks for none.
+
+    Raises:
+        ValueError: bad grid, or noise of another shape than the state's.
+    """
+    times, x = check_grid(grid), wide(x)
+    counted = _Counted(velocity)
+    xs, vs = [x], []
+    for i, (t_cur, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        v = counted(x, _full(t_cur, x), cond)
+        x0_hat = x0_from_velocity(x, v, _full(t_cur, x))
+        x = x0_hat if t_next == 0 else interpolate(x0_hat, _shaped(noise(i), x), _full(t_next, x))
         xs.append(x)
         vs.append(v)
     return Trajectory(torch.stack(xs), torch.stack(vs), times, counted.nfe)
@@ -138,6 +170,12 @@ class _Counted:
 
 def _full(t: float, x: Tensor) -> Tensor:
     return torch.full((len(x),), t, dtype=x.dtype, device=x.device)
+
+
+def _shaped(eps: Tensor, x: Tensor) -> Tensor:
+    if eps.shape != x.shape:
+        raise ValueError(f"noise must have the state's shape {tuple(x.shape)}, got {tuple(eps.shape)}")
+    return eps
 
 
 def _step(solver: str) -> Step:

@@ -17,7 +17,7 @@ from fewstep.engine import checkpoint
 from fewstep.engine.loop import train
 from fewstep.evaluate import outcomes
 from fewstep.recipes import execute
-from fewstep.stages import distribution, trajectory
+from fewstep.stages import distribution, merge, trajectory
 
 SHARD = 2  # small shards, so that trajectories are written in three
 
@@ -27,6 +27,8 @@ PLACES: dict[str, tuple[Any, str]] = {
     "trajectory": (trajectory, "update"),
     "checkpoint": (checkpoint, "save_file"),  # a checkpoint is half-written
     "distribution": (distribution, "student_update"),
+    "split": (distribution, "student_update"),  # the same, counted on until the next stage
+    "merge": (merge, "choose"),  # all candidates are measured
     "evaluation": (outcomes, "save_file"),  # pictures of an arm are there, verdicts are not
 }
 

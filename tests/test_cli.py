@@ -20,12 +20,16 @@ from fewstep import cli
 from fewstep.data import trajectories
 from fewstep.engine import artifact
 from fewstep.engine.config import from_dict, to_dict
-from fewstep.recipes import RECIPES, budget, execute
+from fewstep.recipes import RECIPES, budget, distil
 from fewstep.recipes.pipeline import build
 
 Call = Callable[..., tuple[int, str, str]]
 
 TINY = {
+    "distribution.adversary.heads": 2,
+    "split.images": 24,
+    "merge.per_task": 1,
+    "merge.seeds": 1,
     "trajectory.images": "8",
     "trajectory.batch": "4",
     "trajectory.trajectories": "4",
@@ -128,7 +132,7 @@ def test_a_folder_that_cannot_be_written(
 ) -> None:
     (tmp_path / "file").write_text("mine")
     if command == "demo":
-        monkeypatch.setattr(execute, "BUNDLED", teacher_folder)
+        monkeypatch.setattr(distil, "BUNDLED", teacher_folder)
         monkeypatch.setattr(budget, "measure", lambda *_: budget.Speed(1e3, 1e3, 1e3))
         words = ["demo", "--out", "file/run"]
     else:
@@ -176,7 +180,7 @@ def test_changed_settings_in_a_begun_folder(call: Call, tmp_path: Path, teacher_
     assert "o was begun with distribution.trajectory_weight = 0.3, now it is 0.1" in line
     assert "02-trajectory" in str(sorted(before)) and before == {p: p.read_bytes() for p in before}
     line = refused(call, "run", "shapes_2step", *tiny(teacher_folder), "--stage", "evaluate", "--out", "o")
-    assert "03-distribution does not exist; stage `distribution` makes it" in line
+    assert "05-merge does not exist; stage `merge` makes it" in line
 
 
 def test_a_loss_that_is_not_finite(call: Call, tmp_path: Path, teacher_folder: Path) -> None:
@@ -241,13 +245,14 @@ def test_show_recipes_artefacts_and_runs(call: Call, tmp_path: Path, teacher_fol
     assert code == 0 and shown["kind"] == "teacher" and shown["weights"] == artifact.read(teacher_folder).weights
     assert call("run", "shapes_2step", *tiny(teacher_folder), "--out", "o")[0] == 0
     code, out, _ = call("show", "o")
-    assert code == 0 and "03-distribution: student, whole" in out and "student_2 " in out and "o/report.html" in out
+    said = ("03-distribution: student_distribution, whole", "05-merge: student, whole", "student_2 ", "o/report.html")
+    assert code == 0 and all(text in out for text in said)
 
 
 def test_the_demo_fits_itself_into_minutes_and_goes_on_as_it_was_begun(
     call: Call, tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(execute, "BUNDLED", teacher_folder)
+    monkeypatch.setattr(distil, "BUNDLED", teacher_folder)
     monkeypatch.setattr(budget, "measure", lambda *_: budget.Speed(1.0, 1.0, 1.0))  # so slow that all is least
     fit = budget.fit
 

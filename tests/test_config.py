@@ -173,15 +173,17 @@ def test_broken_files_are_refused(tmp_path: Path, text: str, message: str) -> No
 
 
 def test_settings_that_cannot_work_are_refused_when_they_are_read(tmp_path: Path) -> None:
-    for key in ("trajectory.images", "distribution.proxy_updates", "evaluate.batch", "evaluate.seeds"):
+    for key in ("trajectory.images", "evaluate.batch", "evaluate.seeds"):
         with pytest.raises(ValueError, match=f"^{key} = 0: a budget of zero"):
             resolve("shapes_4step", [f"{key}=0"])
     with pytest.raises(ValueError, match="distribution.images = 8 is less than one update of 32"):
         resolve("shapes_4step", ["distribution.images=8"])
     with pytest.raises(ValueError, match="strictly decreases"):
         resolve("shapes_4step", ["grid=[1.0, 0.5, 0.5, 0.0]"])
-    with pytest.raises(ValueError, match="distribution.switches: anchor 'end' has no segment"):
-        resolve("shapes_4step", ["distribution.switches={anchor: end, delta: 0.5}"])
+    with pytest.raises(ValueError, match="distribution: proxy_updates = 0: a proxy must learn"):
+        resolve("shapes_4step", ["distribution.proxy_updates=0"])
+    with pytest.raises(ValueError, match="distribution: anchor 'end' has no segment"):
+        resolve("shapes_4step", ["distribution.anchor=end", "distribution.delta=0.5"])
     with pytest.raises(ValueError, match="unknown recipe 'shapes_4stp'; did you mean 'shapes_4step'"):
         resolve("shapes_4stp", [])
     config = tmp_path / "c.yaml"

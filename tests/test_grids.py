@@ -115,3 +115,55 @@ def test_uniform_t_maps_the_unit_interval_linearly():
     assert grids.uniform_t(torch.tensor([0.0, 0.5]), 0.2, 0.8).tolist() == pytest.approx([0.2, 0.5])
     with pytest.raises(ValueError, match="low"):
         grids.uniform_t(torch.zeros(1), 0.8, 0.2)
+
+
+uniforms = st.lists(st.floats(0, 1), max_size=30)
+spreads = st.floats(0, 0.95)
+
+
+@quiet
+@given(uniforms, st.floats(0.2, 12), spreads)
+def test_random_grids_are_valid_whatever_the_uniforms(u, s, spread):
+    grid = grids.random_grid(u, s, spread)
+    assert grids.check_grid(grid) == grid
+    assert len(grid) == len(u) + 2 and grid[0] == 1.0 and grid[-1] == 0.0
+
+
+@quiet
+@given(uniforms, spreads)
+def test_random_grids_follow_their_law(u, spread):
+    """Undoing the shift gives order statistics pulled towards the uniform grid, never closer than the gap."""
+    num_steps = len(u) + 1
+    times = [grids.shift(t, 1 / 3) for t in grids.random_grid(u, 3.0, spread)]
+    expected = [(1 - spread) * k / num_steps + spread * x for k, x in enumerate(sorted(u), start=1)]
+    assert times[1:-1] == pytest.approx(expected[::-1], abs=1e-12)
+    gap = (1 - spread) / num_steps
+    assert all(a - b >= gap - 1e-12 for a, b in zip(times[:-1], times[1:], strict=True))
+
+
+@quiet
+@given(uniforms)
+def test_random_grids_do_not_depend_on_the_order_of_the_uniforms(u):
+    assert grids.random_grid(u) == grids.random_grid(u[::-1])
+
+
+@quiet
+@given(uniforms, st.floats(0.2, 12))
+def test_a_random_grid_without_spread_is_the_fixed_one(u, s):
+    assert grids.random_grid(u, s, spread=0.0) == pytest.approx(grids.shifted_grid(len(u) + 1, s), abs=1e-12)
+
+
+def test_random_grids_scatter_about_the_fixed_one():
+    u = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn = torch.tensor([grids.random_grid(row, 1.0) for row in u.tolist()], dtype=torch.float64)
+    error = drawn.std(0)[1:-1] / math.sqrt(len(u))
+    assert bool((error > 0.001).all())  # they do scatter
+    assert bool(((drawn.mean(0)[1:-1] - torch.tensor([0.75, 0.5, 0.25])).abs() < 4 * error).all())
+
+
+def test_bad_requests_for_random_grids_are_refused():
+    for u in (1.5, -0.1, math.nan):
+        with pytest.raises(ValueError, match="uniforms"):
+            grids.random_grid([u])
+    with pytest.raises(ValueError, match="spread"):
+        grids.random_grid([0.5], spread=1.0)

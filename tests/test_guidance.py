@@ -77,3 +77,42 @@ def test_cost_is_counted_per_rollout():
 def test_a_scale_that_is_not_a_number_is_refused():
     with pytest.raises(ValueError, match="finite"):
         guidance.guided(Recorder(), None, float("nan"))
+
+
+@pytest.mark.parametrize("w", [0.0, 2.0, 7.0])
+def test_norm_preserving_guidance_keeps_each_samples_norm_and_turns_as_guidance_does(w):
+    x, t, cond, neg = _case()
+    v_pos = Recorder()(x, t, cond)
+    kept = guidance.guided(Recorder(), neg, w, keep_norm=True)(x, t, cond)
+    free = guidance.guided(Recorder(), neg, w)(x, t, cond)
+    torch.testing.assert_close(kept.norm(dim=1), v_pos.norm(dim=1))
+    assert not torch.allclose(free.norm(dim=1), v_pos.norm(dim=1))
+    torch.testing.assert_close(kept / kept.norm(dim=1, keepdim=True), free / free.norm(dim=1, keepdim=True))
+
+
+def test_norm_is_that_of_a_whole_sample():
+    g = torch.Generator().manual_seed(0)
+    v_neg, v_pos = torch.randn(2, 3, 2, 4, 4, generator=g).double()
+    kept = guidance.combine_keeping_norm(v_neg, v_pos, 3.0)
+    torch.testing.assert_close(kept.flatten(1).norm(dim=1), v_pos.flatten(1).norm(dim=1))
+    ratio = kept / guidance.combine(v_neg, v_pos, 3.0)
+    torch.testing.assert_close(ratio, ratio[:, :1, :1, :1].expand_as(ratio))
+
+
+def test_norm_preserving_guidance_is_off_at_one_and_survives_zero():
+    x, t, cond, neg = _case()
+    velocity = Recorder()
+    kept = guidance.guided(velocity, neg, 1.0, keep_norm=True)
+    assert torch.equal(kept(x, t, cond), Recorder()(x, t, cond))
+    assert velocity.batches == [3] and kept.nfe_per_call == 1
+    cancelled = guidance.combine_keeping_norm(2 * x, x, 2.0)
+    assert torch.equal(cancelled, torch.zeros_like(x))
+
+
+def test_branches_are_both_velocities_in_one_call():
+    x, t, cond, neg = _case()
+    velocity = Recorder()
+    v_neg, v_pos = guidance.guided(velocity, neg, 1.0).branches(x, t, cond)
+    assert velocity.batches == [6]
+    assert torch.equal(v_neg, Recorder()(x, t, neg.expand(3)))
+    assert torch.equal(v_pos, Recorder()(x, t, cond))

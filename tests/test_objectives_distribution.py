@@ -271,15 +271,16 @@ def test_student_loss_touches_the_student_only(switches, t_next):
     x.requires_grad_()
     r = dm.loss(
         switches,
-        lambda x, t, c: teacher(x),
+        guidance.guided(lambda x, t, c: teacher(x) * c.pooled[:, :1, None, None], None, 4.0),
         lambda x, t, c: proxy(x),
         x,
         _full(0.75, 3),
         _full(t_next, 3),
         student(x.detach()),
-        None,
+        TextCond(torch.ones(3, 1, 1), torch.ones(3, 1)),
         eps,
         u,
+        grid=(1.0, 0.75, 0.5, 0.0),
     )
     (r.loss.mean() + r.x_tau.mean()).backward()  # x_tau carries an adversarial loss to the student
     assert all(p.grad is not None and p.grad.any() for p in student.parameters())

@@ -36,3 +36,26 @@ def test_frozen_networks_are_released_after_an_error() -> None:
         assert not a.weight.requires_grad and not b.bias.requires_grad
         raise RuntimeError
     assert a.weight.requires_grad and b.bias.requires_grad
+
+
+def test_a_proxy_follows_the_student_in_place() -> None:
+    torch.manual_seed(0)
+    proxy, student = nn.Linear(3, 2), nn.Linear(3, 2)
+    held, before = proxy.weight, proxy.weight.detach().clone()
+    roles.align(proxy, student, 1.0)
+    assert torch.equal(proxy.weight, before)
+    roles.align(proxy, student, 0.75)
+    torch.testing.assert_close(proxy.weight, 0.75 * before + 0.25 * student.weight)
+    assert proxy.weight is held and proxy.weight.requires_grad and proxy.weight.grad is None
+    roles.align(proxy, student, 0.0)
+    assert torch.equal(proxy.weight, student.weight) and torch.equal(proxy.bias, student.bias)
+    assert proxy.weight.data_ptr() != student.weight.data_ptr()
+
+
+def test_a_proxy_follows_no_stranger() -> None:
+    with pytest.raises(ValueError, match="weight differs"):
+        roles.align(nn.Linear(3, 2), nn.Linear(2, 2), 0.5)
+    with pytest.raises(ValueError, match="bias differs"):
+        roles.align(nn.Linear(2, 2), nn.Linear(2, 2, bias=False), 0.5)
+    with pytest.raises(ValueError, match=r"lam must be in \[0, 1\]"):
+        roles.align(nn.Linear(2, 2), nn.Linear(2, 2), 1.5)

@@ -27,9 +27,19 @@ from fewstep.recipes import execute
 from fewstep.recipes.pipeline import build
 from fewstep.worlds.shapes.grammar import TASKS
 
-STUDENTS = {"02-trajectory": "student_trajectory", "03-distribution": "student"}
+STUDENTS = {"02-trajectory": "student_trajectory", "03-distribution": "student_distribution", "05-merge": "student"}
+BRANCHES = {"04-split/low": "student_low", "04-split/high": "student_high"}  # of four steps; two are not split
 # Where the process is killed, in the order in which the run goes on; which call is the last.
-KILLS = [("trajectories", 2), ("checkpoint", 2), ("trajectory", 2), ("distribution", 3), ("checkpoint", 3), ("evaluation", 3)]
+KILLS = [
+    ("trajectories", 2),
+    ("checkpoint", 2),
+    ("trajectory", 2),
+    ("distribution", 3),
+    ("checkpoint", 3),
+    ("split", 6),
+    ("merge", 1),
+    ("evaluation", 3),
+]
 
 
 class Run:
@@ -57,14 +67,20 @@ def arms(steps: int) -> list[str]:
         f"teacher_{steps}_unguided",
         f"teacher_{steps // 2}_guided",
         "student_trajectory",
+        *(["student_distribution"] if steps == 4 else []),
         f"student_{steps}",
     ]
 
 
+def kinds(steps: int) -> dict[str, str]:
+    return STUDENTS | (BRANCHES if steps == 4 else {})
+
+
 def weights(out: Path) -> dict[str, str]:
-    """What both students' records say, and what their files say."""
-    found = {name: artifact.read(out / name).weights for name in STUDENTS}
-    assert found == {name: artifact.weights_hash(out / name) for name in STUDENTS}
+    """What the students' records say, and what their files say."""
+    made = [name for name in (*STUDENTS, *BRANCHES) if artifact.exists(out / name)]
+    found = {name: artifact.read(out / name).weights for name in made}
+    assert found == {name: artifact.weights_hash(out / name) for name in made}
     return found
 
 
@@ -75,22 +91,32 @@ def timeless(report: dict[str, Any]) -> dict[str, Any]:
 
 def test_artefacts_say_what_they_are(run: Run) -> None:
     teacher = artifact.read(run.teacher, "teacher")
-    for name, kind in STUDENTS.items():
+    for name, kind in kinds(run.steps).items():
         record = artifact.read(run.out / name, kind)  # type: ignore[arg-type]
         assert record.recipe == f"shapes_{run.steps}step" and record.grid == run.pipeline.grid
         assert record.guidance_scale == 1.0 and record.t5_tokens == teacher.t5_tokens
         assert record.parents["teacher"] == teacher.weights
-    second = artifact.read(run.out / "03-distribution")
+    second, last = artifact.read(run.out / "03-distribution"), artifact.read(run.out / "05-merge")
     assert second.parents["student_trajectory"] == artifact.read(run.out / "02-trajectory").weights
     assert second.images_seen == 8 * run.steps
-    assert len({teacher.weights, *weights(run.out).values()}) == 3
+    made = weights(run.out)
+    if run.steps == 4:
+        assert set(last.parents.values()) == {teacher.weights, *(made[name] for name in BRANCHES)}
+        measured = {f"select_strict_{name}" for name in ("a_0", "a_0.5", "sum", "branches", "before")}
+        assert set(last.metrics) == measured and "merged with a_0" in last.note
+        best = made["05-merge"] == made["04-split/high"]  # ratio 0 is the high branch itself
+        assert best == ("merged with a_0," in last.note)
+        assert len({teacher.weights, *made.values()}) == 6 - best
+    else:
+        assert made["05-merge"] == made["03-distribution"] and "nothing to split" in last.note
+        assert not (run.out / "04-split").exists()
     assert not list(run.out.rglob("*.partial"))
 
 
 def test_a_student_opens_in_stock_diffusers_and_draws(run: Run) -> None:
-    pipe = StableDiffusion3Pipeline.from_pretrained(run.out / "03-distribution")
+    pipe = StableDiffusion3Pipeline.from_pretrained(run.out / "05-merge")
     pipe.set_progress_bar_config(disable=True)
-    record = artifact.read(run.out / "03-distribution")
+    record = artifact.read(run.out / "05-merge")
     unshifted = [t / (3 - 2 * t) for t in record.grid[:-1]]
     image = pipe(
         "a red circle", guidance_scale=1, sigmas=unshifted, max_sequence_length=record.t5_tokens, height=64, width=64
@@ -109,13 +135,16 @@ def test_the_report_holds_every_arm_and_task(run: Run) -> None:
         assert 0 <= row["lo"] <= row["mean"] <= row["hi"] <= 1 and row["n_prompts"] >= 2 and row["n_seeds"] == 1
     n = run.steps
     evaluations = {r["name"]: r["nfe"] for r in data["rows"]}
-    assert evaluations == dict(zip(arms(n), (0, 64, 2 * n, n, n, n, n), strict=True))
+    assert evaluations == dict(zip(arms(n), (0, 64, 2 * n, n, n, *[n] * (len(arms(n)) - 5)), strict=True))
     student = f"student_{n}"
+    pairs = {(p["a"], p["b"]) for p in data["paired"]}
+    assert (("student_distribution", "student_trajectory") in pairs) == (n == 4)
     against = {p["b"] for p in data["paired"] if p["a"] == student}
     assert against == {a for a in arms(n) if a not in (student, "autoencoder_ceiling")}
     assert {p["a"] for p in data["paired"] if p["b"] == "teacher_32_guided"} == set(arms(n)) - {"teacher_32_guided"}
     assert data["student"] == student and data["protocol"]["split"] == "report" and data["verdict"]
-    assert set(data["time"]) == {"trajectories", "trajectory", "distribution", "evaluate"}
+    merged = {"split", "merge"} if n == 4 else set()
+    assert set(data["time"]) == {"trajectories", "trajectory", "distribution", "evaluate"} | merged
     assert {"diversity", "environment", "role_swap_joint", "changes"} <= data.keys()
 
 
@@ -132,13 +161,14 @@ def test_settings_and_log_are_kept(run: Run) -> None:
     begun = yaml.safe_load((run.out / "resolved.yaml").read_text())
     assert from_dict(build(f"shapes_{run.steps}step"), begun) == run.pipeline
     rows = read_metrics(run.out / "metrics.jsonl")
-    assert [(r["stage"], r["images"]) for r in rows][-1] == ("distribution", 8 * run.steps)
+    assert [(r["stage"], r["images"]) for r in rows][-1] == (("split", 24) if run.steps == 4 else ("distribution", 16))
+    assert ("distribution", 8 * run.steps) in [(r["stage"], r["images"]) for r in rows]
     assert ("trajectory", 16) in [(r["stage"], r["images"]) for r in rows]
 
 
 def test_the_same_command_twice_does_nothing(run: Run) -> None:
     def state() -> dict[str, int]:
-        files = (p for p in run.out.rglob("*") if p.is_file() and not p.name.startswith("report."))
+        files = (p for p in run.out.rglob("*") if p.is_file() and not p.name.startswith(("report.", ".lock")))
         return {str(p): p.stat().st_mtime_ns for p in files}
 
     before, report = state(), (run.out / "report.json").read_text()
@@ -151,7 +181,7 @@ def test_the_same_command_twice_does_nothing(run: Run) -> None:
 def test_a_run_by_stages_is_the_same_run(run: Run, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="02-trajectory does not exist; stage `trajectory` makes it"):
         execute.run(run.pipeline, tmp_path, "distribution")
-    for stage in ("trajectory", "distribution"):
+    for stage in ("trajectory", "distribution", "split", "merge"):
         assert execute.run(run.pipeline, tmp_path, stage) is None
     assert weights(tmp_path) == weights(run.out)
 
@@ -192,10 +222,11 @@ def kill(run: Run, out: Path, place: str, call: int) -> None:
 def test_kills_change_nothing(run: Run, tmp_path: Path) -> None:
     """kill -9 in every stage and in the middle of writing, one after another in one folder."""
     out = tmp_path / "out"
-    for place, call in KILLS if run.steps == 4 else KILLS[1::2]:
+    for place, call in KILLS if run.steps == 4 else [KILLS[1], KILLS[3], KILLS[-1]]:
         kill(run, out, place, call)
         whole = [name for name in STUDENTS if artifact.exists(out / name)]
-        assert whole == [*STUDENTS][: {"distribution": 1, "evaluation": 2}.get(place, len(whole))]
+        done = {"distribution": 1, "split": 2, "merge": 2, "evaluation": 3}
+        assert whole == [*STUDENTS][: done.get(place, len(whole))], place
     assert list((out / "evaluation").glob("*.json")) and not (out / "report.json").exists()
     execute.run(run.pipeline, out)
     assert weights(out) == weights(run.out)

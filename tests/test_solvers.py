@@ -124,3 +124,47 @@ def test_bad_requests_are_refused():
         solvers.integrate(GAUSSIAN.velocity, _noise(), one, 0 * one, None, 0)
     with pytest.raises(TypeError, match="float32"):
         solvers.integrate(GAUSSIAN.velocity, _noise(), one.half(), one.half() * 0, None, 2)
+
+
+def test_renoising_rollout_has_the_marginals_of_its_recursion():
+    """On a Gaussian with its exact velocity every state is affine in the noises: moments are read off exactly.
+
+    x0_hat is the posterior mean, whose variance falls short of the data's; only the mean is right at each time.
+    """
+    grid = (1.0, 0.9, 0.75, 0.5, 0.0)
+    noises = torch.cat([torch.zeros(1, 4), torch.eye(4)]).double()  # rows: none, then each noise alone
+    columns = [noises[:, k, None].expand(-1, 2) for k in range(4)]  # of the start and of three steps
+    tr = solvers.renoising_rollout(GAUSSIAN.velocity, columns[0], grid, None, lambda i: columns[i + 1])
+    variance = 1.0
+    for i, (t, t_next) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
+        gain = (1 - t) * STD**2 / ((1 - t) ** 2 * STD**2 + t**2)
+        variance = (1 - t_next) ** 2 * gain**2 * variance + t_next**2
+        mean, parts = tr.x[i + 1, 0], tr.x[i + 1, 1:] - tr.x[i + 1, 0]
+        torch.testing.assert_close(mean, torch.full((2,), (1 - t_next) * MEAN).double())
+        torch.testing.assert_close(parts.square().sum(0), torch.full((2,), variance).double())
+
+
+def test_renoising_rollout_records_velocities_and_asks_for_the_noise_it_needs():
+    grid, asked = (1.0, 0.9, 0.75, 0.0), []
+
+    def noise(i: int) -> Tensor:
+        asked.append(i)
+        return torch.full((5, 2), float(i + 1)).double()
+
+    tr = solvers.renoising_rollout(GAUSSIAN.velocity, _noise(), grid, None, noise)
+    assert asked == [0, 1] and tr.grid == grid and tr.nfe == 3
+    for i in range(3):
+        t = torch.full((5,), grid[i], dtype=torch.float64)
+        torch.testing.assert_close(tr.v[i], GAUSSIAN.velocity(tr.x[i], t), rtol=0, atol=0)
+        x0_hat = tr.x[i] - grid[i] * tr.v[i]
+        torch.testing.assert_close(tr.x[i + 1], (1 - grid[i + 1]) * x0_hat + grid[i + 1] * (i + 1))
+
+
+def test_renoising_rollout_in_one_step_is_the_deterministic_one():
+    def never(i: int) -> Tensor:
+        raise AssertionError(i)
+
+    one = solvers.renoising_rollout(GAUSSIAN.velocity, _noise(), (1.0, 0.0), None, never)
+    torch.testing.assert_close(one.x, solvers.rollout(GAUSSIAN.velocity, _noise(), (1.0, 0.0), None).x)
+    with pytest.raises(ValueError, match="state's shape"):
+        solvers.renoising_rollout(GAUSSIAN.velocity, _noise(), (1.0, 0.5, 0.0), None, lambda i: _noise(1))

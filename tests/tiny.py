@@ -14,13 +14,14 @@ from fewstep.engine.artifact import Artifact
 from fewstep.grids import STUDENT_GRIDS, shifted_grid
 from fewstep.models import sd3
 from fewstep.recipes.pipeline import Distillation
-from fewstep.stages import autoencoder, distribution, evaluate, trajectory
+from fewstep.stages import adversary, autoencoder, distribution, evaluate, merge, split, trajectory
 from fewstep.worlds.shapes.architecture import MAX_TOKENS, Architecture, build
 
 SIZES = Architecture(
     width=64, layers=2, dual_layers=1, clip_l_width=32, clip_g_width=32, t5_width=64, encoder_layers=2
 )
 GUIDANCE = 2.0
+HEADS = adversary.Config(heads=2, hidden=8, refresh=0.3)  # two blocks; renewed often enough to be seen
 
 
 def tiny_pipe(seed: int = 0) -> StableDiffusion3Pipeline:
@@ -62,7 +63,9 @@ def tiny_recipe(teacher: Path, steps: int, **changes: Any) -> Distillation:
             teacher=str(teacher),
             grid=STUDENT_GRIDS[steps],
             trajectory=trajectory.Config(images=16, batch=4, trajectories=6, teacher_substeps=1),
-            distribution=distribution.Config(images=8 * steps, batch=4, proxy_updates=2),
+            distribution=distribution.Config(images=8 * steps, batch=4, proxy_updates=2, adversary=HEADS),
+            split=split.Config(images=24),
+            merge=merge.Config(ratios=(0.0, 0.5), per_task=1, seeds=1),
             evaluate=evaluate.Config(per_task=2, seeds=1, batch=32),
         ),
         **changes,

@@ -12,8 +12,15 @@ from typing import Any, Literal, get_args
 from fewstep import __version__
 from fewstep.engine.checkpoint import whole_folder
 
-Kind = Literal["teacher", "student_trajectory", "student"]
-MAKER: dict[str, str] = {"teacher": "teacher", "student_trajectory": "trajectory", "student": "distribution"}
+Kind = Literal["teacher", "student_trajectory", "student_distribution", "student_low", "student_high", "student"]
+MAKER: dict[str, str] = {
+    "teacher": "teacher",
+    "student_trajectory": "trajectory",
+    "student_distribution": "distribution",
+    "student_low": "split",
+    "student_high": "split",
+    "student": "merge",
+}
 RECORD = "artifact.json"
 
 
@@ -32,6 +39,7 @@ class Artifact:
         weights: sha256 of its own transformer weights.
         metrics: figures of the stage that made it.
         config: the stage's resolved settings.
+        note: a sentence on how it was made, where the settings alone do not say.
         fewstep: version that wrote it.
     """
 
@@ -45,6 +53,7 @@ class Artifact:
     weights: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
     fewstep: str = __version__
 
 

@@ -36,8 +36,13 @@ def from_dict(base: C, values: Mapping[str, Any], where: str = "", lines: Mappin
 
     Raises:
         ValueError: unknown key (with the nearest one) or a value of the wrong type, naming key and line.
+
+    A dataclass with a field `preset` has a method `with_preset(name)`.
     """
     hints = typing.get_type_hints(type(base))
+    if "preset" in values and "preset" in hints:  # first, so that single fields beside it come on top
+        line = f" (line {lines[f'{where}.preset']})" if lines and f"{where}.preset" in lines else ""
+        base = base.with_preset(convert(values["preset"], hints["preset"], f"{where}.preset{line}"))  # type: ignore[attr-defined]
     changed = {}
     for key, value in values.items():
         path = f"{where}.{key}" if where else str(key)

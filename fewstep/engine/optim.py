@@ -76,6 +76,12 @@ class Optimizer:
             part.zero_grad(set_to_none=True)
         return norm
 
+    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Drop the state of parameters that were re-initialised; the next step starts theirs anew."""
+        for parameter in parameters:
+            for part in self.parts:
+                part.state.pop(parameter, None)
+
     def state_dict(self) -> dict[str, Any]:
         """States of the parts; learning rates are recomputed from the images seen, not stored."""
         return {"parts": [p.state_dict()["state"] for p in self.parts]}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
@@ -69,6 +69,47 @@ def velocity(transformer: nn.Module | Callable[..., Any], autocast: torch.dtype 
         return out.float()
 
     return call
+
+
+def features(
+    transformer: SD3Transformer2DModel,
+    x_t: Tensor,
+    t: Tensor,
+    cond: TextCond,
+    blocks: Sequence[int],
+    autocast: torch.dtype | None = None,
+) -> tuple[Tensor, ...]:
+    """Image tokens after chosen blocks, for discriminator heads; what comes after the last of them is not computed.
+
+    The same computation as the network's own `forward` as far as it goes (tested), with the tokens handed out.
+
+    Args:
+        transformer: the network that is read.
+        x_t: (B, 16, H, W) latents.
+        t: (B,) times in [0, 1].
+        cond: text conditions.
+        blocks: numbers of joint blocks, from 0.
+        autocast: as in `velocity`.
+
+    Returns:
+        One (B, (H/2) (W/2), width) tensor for each entry of `blocks`, float32, in their order.
+
+    Raises:
+        ValueError: a block that the network does not have.
+    """
+    count = len(transformer.transformer_blocks)
+    if not blocks or not all(0 <= b < count for b in blocks):
+        raise ValueError(f"blocks {list(blocks)}: the network has blocks 0 to {count - 1}, name at least one of them")
+    taken: dict[int, Tensor] = {}
+    with torch.autocast(x_t.device.type, autocast) if autocast else nullcontext():
+        image = transformer.pos_embed(x_t).contiguous()
+        time_and_text = transformer.time_text_embed(t.float() * TRAIN_TIMESTEPS, cond.pooled)
+        text = transformer.context_embedder(cond.tokens)
+        for number, block in enumerate(transformer.transformer_blocks[: max(blocks) + 1]):
+            text, image = block(hidden_states=image, encoder_hidden_states=text, temb=time_and_text)
+            if number in blocks:
+                taken[number] = image.float()
+    return tuple(taken[b] for b in blocks)
 
 
 def tokenize(pipe: StableDiffusion3Pipeline, prompts: Sequence[str], t5_tokens: int) -> tuple[Tensor, Tensor, Tensor]:

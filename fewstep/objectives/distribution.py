@@ -17,22 +17,35 @@ and the student is moved along their difference:
 | anchor "next", delta = 0          | t_next | t_next          | x_s: timestep sharing              |
 | anchor "next", delta > 0          | t_next | in [t_next, t_i)| x_s diffused to tau with fresh eps |
 | the same, own noise               | 0      | in [t_next, t_i)| (1 - tau) x_s + tau sg[eps_hat]    |
-| anchor "end"; last step of "next" | 0      | U(tau_range)    | (1 - tau) x_s + tau eps            |
-| the same, own noise               | 0      | U(tau_range)    | (1 - tau) x_s + tau sg[eps_hat]    |
+| anchor "end"; last step of "next" | 0      | law             | (1 - tau) x_s + tau eps            |
+| the same, own noise               | 0      | law             | (1 - tau) x_s + tau sg[eps_hat]    |
+
+"law" is `tau_law`: U(tau_range), one of the grid's interior times, or t_i U(tau_range).
+
+Decoupled DMD gives the two parts of a guided teacher a point each, on one anchor:
+
+    n g = w(tau) tau (v_pos - v_proxy)(x_tau, tau)  +  w(tau') tau' (scale - 1) (v_pos - v_neg)(x_tau', tau')
+
+with tau' below t_i. Both read the same uniforms and noise: the expected gradient depends on each law alone.
+Without a proxy (`against` "student") d = v_teacher(x_tau, tau) - sg[v]: at tau = t_next it vanishes for an
+implicit Euler step of the teacher's flow. The last step, which has no velocity to read at 0, reads times
+below t_i on its own line, so it learns a mean of the teacher's velocities there (ours).
 
 The paper describes the sharing of timesteps. That the point is read where the step lands, the surrogate, and
 the last step (whose shared time would be 0, where the score of clean data is not defined) are our reading.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fewstep.flow import Velocity, eps_from_velocity, expand_t, wide, x0_from_velocity
-from fewstep.grids import uniform_t
+from fewstep.flow import Velocity, check_wide, eps_from_velocity, expand_t, wide, x0_from_velocity
+from fewstep.grids import check_grid, uniform_t
 from fewstep.guidance import Guided
 
 Noise = Tensor | Callable[[], Tensor]
@@ -45,10 +58,16 @@ class Switches:
     Attributes:
         anchor: "next" moves the student to t_next, "end" to 0 (DMD2).
         delta: in [0, 1]; tau = s + delta (t_i - s) u for anchor "next". 0 is timestep sharing.
-        tau_range: tau ~ U(tau_range) wherever the anchor is the end, the last step included.
+        tau_range: of tau wherever the anchor is the end, the last step included.
+        tau_law: where tau lies there. "range": U(tau_range). "grid": one of the interior times of the
+            student's grid, each as likely (with anchor "end" and own noise: deterministic re-noising).
+            "below": t_i times U(tau_range), so below the step's own time.
         noise: what carries an anchor to tau: "fresh" normals or the student's "own" predicted noise. The last
             step of anchor "next" reads `last_step` instead.
-        real_direction: "guided" reads the teacher as given; "cond" takes the guidance off a `Guided` teacher.
+        real_direction: "guided" reads the teacher as given; "cond" takes the guidance off a `Guided` teacher;
+            "norm_preserving" keeps the norm of the conditional velocity; "decoupled" adds guidance at a
+            point of its own, where tau_law is "below" (for anchor "next" another on the last step only).
+        against: "proxy", or "student": the student's own velocity at (x_i, t_i), and no proxy is called.
         normaliser: "teacher_error": n = mean |x0_hat_student - x0_hat_teacher| per sample, at least
             `normaliser_floor`. "none": n = 1.
         normaliser_floor: smallest n, positive.
@@ -56,17 +75,22 @@ class Switches:
         weight: "one": w = 1. "kl": w = (dx_tau/dx_s) (1 - tau) / tau^2; with normaliser "none" the gradient
             is then that of KL(student || teacher) at tau, over D, if the proxy is the student's exact
             velocity (own noise counts as a constant).
+        huber_c: above 0, the loss is the pseudo-Huber mean of sqrt(g^2 + c^2) - c over elements instead of
+            1/2 g^2 (TDM), so that g / sqrt(g^2 + c^2) stands for g in its gradient. In units of g.
     """
 
     anchor: Literal["next", "end"] = "next"
     delta: float = 0.0
     tau_range: tuple[float, float] = (0.02, 0.98)
     noise: Literal["fresh", "own"] = "fresh"
-    real_direction: Literal["guided", "cond"] = "guided"
+    real_direction: Literal["guided", "cond", "norm_preserving", "decoupled"] = "guided"
     normaliser: Literal["teacher_error", "none"] = "teacher_error"
     normaliser_floor: float = 0.1
     last_step: Literal["renoise", "own_noise"] = "renoise"
     weight: Literal["one", "kl"] = "one"
+    tau_law: Literal["range", "grid", "below"] = "range"
+    against: Literal["proxy", "student"] = "proxy"
+    huber_c: float = 0.0
 
     def __post_init__(self) -> None:
         for name, allowed in _ALLOWED.items():
@@ -79,24 +103,55 @@ class Switches:
             raise ValueError(f"delta must be in [0, 1], got {self.delta}")
         if not self.normaliser_floor > 0:
             raise ValueError(f"normaliser_floor must be positive, got {self.normaliser_floor}")
+        if not 0 <= self.huber_c < math.inf:
+            raise ValueError(f"huber_c must be a number of at least 0 (off), got {self.huber_c}")
         if self.anchor == "end" and self.delta != 0:
             raise ValueError(f"anchor 'end' has no segment to spread over: delta must be 0, got {self.delta}")
         if self.anchor == "end" and self.last_step != "renoise":
             raise ValueError("anchor 'end' treats every step alike: set noise='own' instead of last_step")
         if self.anchor == "next" and self.delta == 0 and self.noise == "own":
             raise ValueError("noise='own' is never read: delta = 0 adds none, and t_next = 0 reads last_step")
+        if self.against == "student":
+            self._check_without_proxy()
+
+    def _check_without_proxy(self) -> None:
+        """The student's own velocity belongs to points of its own line, within the step."""
+        if self.anchor == "end" and self.noise != "own":
+            raise ValueError("against='student' reads the student's own line alone: set noise='own'")
+        if self.anchor == "next" and self.last_step != "own_noise":
+            raise ValueError(
+                "against='student' reads the student's own line alone: set last_step='own_noise'"
+            )
+        if self.delta > 0 and self.noise != "own":
+            raise ValueError("against='student' with delta > 0 leaves the student's line: set noise='own'")
+        if self.tau_law != "below":
+            raise ValueError("against='student' reads times within the step only: set tau_law='below'")
+        if self.weight == "kl":
+            raise ValueError("weight='kl' belongs to a proxy: against='student' there is no KL to follow")
 
 
 _ALLOWED = {
     "anchor": ("next", "end"),
     "noise": ("fresh", "own"),
-    "real_direction": ("guided", "cond"),
+    "real_direction": ("guided", "cond", "norm_preserving", "decoupled"),
     "normaliser": ("teacher_error", "none"),
     "last_step": ("renoise", "own_noise"),
     "weight": ("one", "kl"),
+    "tau_law": ("range", "grid", "below"),
+    "against": ("proxy", "student"),
 }
 
-PRESETS: dict[str, Switches] = {"sd35_flash": Switches(), "dmd2": Switches(anchor="end")}
+# What a method settles beside these is in `objectives.proxy.STAGE_PRESETS`, under the same names.
+PRESETS: dict[str, Switches] = {
+    "sd35_flash": Switches(),
+    "dmd2": Switches(anchor="end"),
+    "tdm": Switches(delta=1.0, tau_law="below", huber_c=1e-3),
+    "phased": Switches(delta=1.0, tau_law="below"),
+    "decoupled": Switches(anchor="end", real_direction="decoupled"),
+    "senseflow_like": Switches(anchor="end"),
+    "r3": Switches(anchor="end", noise="own", tau_law="grid"),
+    "implicit_euler": Switches(against="student", last_step="own_noise", tau_law="below"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,11 +176,13 @@ class DMResult:
     """What a distribution-matching evaluation gives.
 
     Attributes:
-        loss: (B,), the surrogate; its value is half the mean square of g, its gradient is what matters.
+        loss: (B,), the surrogate; its value is 1/2 g^2 or pseudo-Huber of g, its gradient is what matters.
         x_tau: (B, ...), the evaluation point, still attached to the student (for an adversarial loss there).
         tau: (B,), its time.
-        direction: (B, ...), d = v_teacher - v_proxy, detached.
+        direction: (B, ...), d = v_teacher - v_proxy (or the student's v) at x_tau, detached.
         normaliser: (B,), n, detached.
+        guidance: (B, ...), (scale - 1) (v_pos - v_neg) at its own point, detached; None unless decoupled
+            with a scale other than 1.
     """
 
     loss: Tensor
@@ -133,6 +190,7 @@ class DMResult:
     tau: Tensor
     direction: Tensor
     normaliser: Tensor
+    guidance: Tensor | None = None
 
 
 def points(
@@ -143,6 +201,7 @@ def points(
     v_student: Tensor,
     fresh_eps: Noise,
     u: Tensor,
+    grid: Sequence[float] | None = None,
 ) -> Points:
     """The evaluation point of a student step. SD3.5-Flash, stage 2 (timestep sharing); general form ours.
 
@@ -154,18 +213,17 @@ def points(
         v_student: (B, ...), the student's velocity at (x_i, t_i), with gradient.
         fresh_eps: (B, ...) standard normals, or a function that makes them, called only if they are needed.
         u: (B,) uniforms in [0, 1); not read where tau is not random.
+        grid: the student's times; read for tau_law "grid" alone.
 
     Raises:
-        ValueError: samples at different steps, or t_next not below t_i.
+        ValueError: samples at different steps, t_next not below t_i, or a grid is needed and has no interior.
         TypeError: times narrower than float32.
     """
     _check_step(t_i, t_next)
     x_i, v = wide(x_i.detach()), wide(v_student)
-    if switches.anchor == "end":
-        return _from_end(x_i, t_i, v, uniform_t(u, *switches.tau_range), fresh_eps, switches.noise == "own")
-    if t_next[0] == 0:
-        own = switches.last_step == "own_noise"
-        return _from_end(x_i, t_i, v, uniform_t(u, *switches.tau_range), fresh_eps, own)
+    if switches.anchor == "end" or t_next[0] == 0:
+        own = switches.noise == "own" if switches.anchor == "end" else switches.last_step == "own_noise"
+        return _from_end(x_i, t_i, v, _end_tau(switches, t_i, u, grid), fresh_eps, own)
     x_s = x_i + expand_t(t_next - t_i, x_i) * v
     if switches.delta == 0:
         return Points(x_tau=x_s, tau=t_next, anchor=x_s, slope=torch.ones_like(t_next))
@@ -182,7 +240,7 @@ def points(
 def loss(
     switches: Switches,
     teacher: Velocity,
-    proxy: Velocity,
+    proxy: Velocity | None,
     x_i: Tensor,
     t_i: Tensor,
     t_next: Tensor,
@@ -190,15 +248,17 @@ def loss(
     cond: Any,
     fresh_eps: Noise,
     u: Tensor,
+    grid: Sequence[float] | None = None,
 ) -> DMResult:
     """Surrogate loss of distribution matching for one student step. SD3.5-Flash, stage 2; form ours.
 
-    Only `v_student` carries gradient; teacher and proxy are called once each, under no_grad.
+    Only `v_student` carries gradient; teacher and proxy are called once each, under no_grad (decoupled: the
+    teacher once more, for both its branches).
 
     Args:
         switches: the settings.
         teacher: the teacher's velocity with its guidance in it.
-        proxy: the proxy's velocity, without guidance.
+        proxy: the proxy's velocity, without guidance; None will do where `against` is "student".
         x_i: (B, ...), the step's input.
         t_i: (B,), its time, the same for the whole batch.
         t_next: (B,), where the step lands, the same for the whole batch.
@@ -206,30 +266,93 @@ def loss(
         cond: handed to teacher and proxy unchanged.
         fresh_eps: (B, ...) standard normals, or a function that makes them, called only if they are needed.
         u: (B,) uniforms in [0, 1).
+        grid: the student's times; read for tau_law "grid" alone.
 
     Raises:
-        ValueError: samples at different steps, or t_next not below t_i.
-        TypeError: times narrower than float32.
+        ValueError: samples at different steps, t_next not below t_i, or what the settings need is missing.
+        TypeError: times narrower than float32, or a teacher whose branches are needed is not `Guided`.
     """
-    at = points(switches, x_i, t_i, t_next, v_student, fresh_eps, u)
-    if switches.real_direction == "cond" and isinstance(teacher, Guided):
-        teacher = teacher.velocity
+    if not isinstance(fresh_eps, Tensor):
+        fresh_eps = cache(fresh_eps)  # two points may read it
+    at = points(switches, x_i, t_i, t_next, v_student, fresh_eps, u, grid)
     with torch.no_grad():
-        x_tau, tau = at.x_tau.detach(), expand_t(at.tau, at.x_tau)
-        v_real = wide(teacher(x_tau, at.tau, cond))
-        d = v_real - wide(proxy(x_tau, at.tau, cond))
+        x_tau = at.x_tau.detach()
+        v_real = wide(_direction(switches, teacher)(x_tau, at.tau, cond))
+        d = v_real - _opponent(switches, proxy, v_student, x_tau, at.tau, cond)
+        x0_teacher = x0_from_velocity(x_tau, v_real, at.tau)
+        extra = None
+        if switches.real_direction == "decoupled" and isinstance(teacher, Guided) and teacher.scale != 1:
+            apart = points(replace(switches, tau_law="below"), x_i, t_i, t_next, v_student, fresh_eps, u)
+            v_neg, v_pos = teacher.branches(apart.x_tau, apart.tau, cond)
+            extra = (teacher.scale - 1) * (wide(v_pos) - wide(v_neg))
+            # where the points are one, this makes n that of the guided teacher, too
+            x0_teacher = x0_from_velocity(x0_teacher, extra, apart.tau)
         n = torch.ones_like(at.tau)
         if switches.normaliser == "teacher_error":
             x0_student = x0_from_velocity(wide(x_i), wide(v_student), t_i)
-            error = (x0_student - x0_from_velocity(x_tau, v_real, at.tau)).abs().flatten(1).mean(1)
+            error = (x0_student - x0_teacher).abs().flatten(1).mean(1)
             n = error.clamp(min=switches.normaliser_floor)
-        w = torch.ones_like(at.tau)
-        if switches.weight == "kl":
-            w = at.slope * (1 - at.tau) / at.tau.square()
-        g = expand_t(w / n, d) * tau * d
+        g = _move(switches, at, d, n)
+        if extra is not None:
+            g = g + _move(switches, apart, extra, n)
         moved = at.anchor - g
-    surrogate = (at.anchor - moved).square().flatten(1).mean(1) / 2
-    return DMResult(loss=surrogate, x_tau=at.x_tau, tau=at.tau, direction=d, normaliser=n)
+    surrogate = _surrogate(at.anchor - moved, switches.huber_c)
+    return DMResult(surrogate, x_tau=at.x_tau, tau=at.tau, direction=d, normaliser=n, guidance=extra)
+
+
+def _direction(switches: Switches, teacher: Velocity) -> Velocity:
+    """The velocity that stands for the teacher in d."""
+    if switches.real_direction == "guided":
+        return teacher
+    if not isinstance(teacher, Guided):
+        if switches.real_direction == "cond":
+            return teacher
+        kind = type(teacher).__name__
+        raise TypeError(f"real_direction {switches.real_direction!r} needs a `Guided` teacher, got {kind}")
+    if switches.real_direction == "norm_preserving":
+        return replace(teacher, keep_norm=True)
+    if switches.real_direction == "decoupled" and teacher.keep_norm:
+        raise ValueError("real_direction 'decoupled' splits linear guidance, not one that keeps the norm")
+    return teacher.velocity
+
+
+def _opponent(
+    switches: Switches, proxy: Velocity | None, v_student: Tensor, x_tau: Tensor, tau: Tensor, cond: Any
+) -> Tensor:
+    """The velocity that stands for the student in d."""
+    if switches.against == "student":
+        return wide(v_student)
+    if proxy is None:
+        raise ValueError("against='proxy' needs a proxy, got None")
+    return wide(proxy(x_tau, tau, cond))
+
+
+def _move(switches: Switches, at: Points, d: Tensor, n: Tensor) -> Tensor:
+    """g = w tau d / n, (B, ...)."""
+    w = torch.ones_like(at.tau)
+    if switches.weight == "kl":
+        w = at.slope * (1 - at.tau) / at.tau.square()
+    return expand_t(w / n, d) * expand_t(at.tau, d) * d
+
+
+def _surrogate(g: Tensor, huber_c: float) -> Tensor:
+    """1/2 g^2, or the pseudo-Huber sqrt(g^2 + c^2) - c, mean over elements, (B,)."""
+    if huber_c == 0:
+        return g.square().flatten(1).mean(1) / 2
+    return ((g.square() + huber_c**2).sqrt() - huber_c).flatten(1).mean(1)
+
+
+def _end_tau(switches: Switches, t_i: Tensor, u: Tensor, grid: Sequence[float] | None) -> Tensor:
+    """tau (B,) where the anchor is the end."""
+    if switches.tau_law != "grid":
+        tau = uniform_t(u, *switches.tau_range)
+        return t_i * tau if switches.tau_law == "below" else tau
+    inner = () if grid is None else check_grid(grid)[1:-1]
+    if not inner:
+        raise ValueError(f"tau_law 'grid' needs a grid with a time between its ends, got {grid}")
+    check_wide(u, "u")
+    picked = (u * len(inner)).long().clamp(max=len(inner) - 1)  # u just below 1 may round up
+    return torch.tensor(inner, dtype=u.dtype, device=u.device)[picked]
 
 
 def _check_step(t_i: Tensor, t_next: Tensor) -> None:

@@ -14,9 +14,10 @@ from diffusers import StableDiffusion3Pipeline
 
 from fewstep.engine.precision import fast_dtype
 from fewstep.models import roles, sd3
+from fewstep.recipes import distil
 from fewstep.recipes.pipeline import Distillation
 
-SHARES = {"trajectories": 0.24, "trajectory": 0.22, "distribution": 0.28, "evaluate": 0.26}
+SHARES = {"trajectories": 0.22, "trajectory": 0.22, "distribution": 0.20, "split": 0.08, "merge": 0.06, "evaluate": 0.22}
 FIXED_S = 20.0  # opening models, writing artefacts, the report
 CAUTION = 0.9  # machines slow down; a demo should not overrun
 EVALUATED_PER_PROMPT_TASKS = 6.5  # eight tasks, of which some have fewer prompts than asked
@@ -67,12 +68,21 @@ def seconds(pipeline: Distillation, speed: Speed) -> dict[str, float]:
     """Estimated seconds of each part of a distillation."""
     steps, t, d, e = len(pipeline.grid) - 1, pipeline.trajectory, pipeline.distribution, pipeline.evaluate
     images = e.per_task * e.seeds * EVALUATED_PER_PROMPT_TASKS
-    evaluations = 2 * pipeline.teacher_steps + 2 * steps + steps + 2 * max(1, steps // 2) + 2 * steps
+    forwards, trained = steps + 4.0, d.proxy_updates + 2.0  # rollout, guided teacher, proxy; proxy, student twice
+    if d.adversary.weight > 0:
+        forwards, trained = forwards + 2.0, trained + 1.0  # heads read real and fake; the student's loss goes through
+    refine = forwards / speed.forward + trained / speed.train
+    merged = pipeline.merge.per_task * pipeline.merge.seeds * EVALUATED_PER_PROMPT_TASKS
+    tried = 0 if distil.idle(pipeline) else len(pipeline.merge.ratios) + 3
+    students = 2 if distil.idle(pipeline) else 3
+    evaluations = 2 * pipeline.teacher_steps + 2 * steps + steps + 2 * max(1, steps // 2) + students * steps
     return {
         "trajectories": t.trajectories * 2 * steps * t.teacher_substeps / speed.forward,
         "trajectory": t.images / speed.train,
-        "distribution": d.images * ((steps + 4) / speed.forward + (d.proxy_updates + 2) / speed.train),
-        "evaluate": images * (evaluations / speed.forward + 7 / speed.decode),
+        "distribution": d.images * refine,
+        "split": pipeline.split.images * refine if tried else 0.0,
+        "merge": tried * merged * (steps / speed.forward + 1 / speed.decode),
+        "evaluate": images * (evaluations / speed.forward + 8 / speed.decode),
     }
 
 
@@ -86,8 +96,9 @@ def fit(pipeline: Distillation, speed: Speed, minutes: float) -> Distillation:
         raise ValueError(f"--minutes {minutes:g}: give a positive number of minutes; 1 makes a quick, weak student")
     left = max(10.0, CAUTION * 60 * minutes - FIXED_S)
     now = seconds(pipeline, speed)
-    scale = {part: share * left / now[part] for part, share in SHARES.items()}
-    t, d, e = pipeline.trajectory, pipeline.distribution, pipeline.evaluate
+    shared = sum(SHARES[part] for part, took in now.items() if took > 0)  # parts that do nothing leave theirs to others
+    scale = {part: SHARES[part] / shared * left / took if took > 0 else 1.0 for part, took in now.items()}
+    t, d, e, m = pipeline.trajectory, pipeline.distribution, pipeline.evaluate, pipeline.merge
 
     def whole(count: float, batch: int, least: int) -> int:
         return max(least, int(count / batch)) * batch
@@ -101,5 +112,7 @@ def fit(pipeline: Distillation, speed: Speed, minutes: float) -> Distillation:
             images=whole(scale["trajectory"] * t.images, t.batch, 8),
         ),
         distribution=replace(d, images=whole(scale["distribution"] * d.images, d.batch, 8)),
+        split=replace(pipeline.split, images=whole(scale["split"] * pipeline.split.images, d.batch, 6)),
+        merge=replace(m, per_task=max(2, int(scale["merge"] * m.per_task))),
         evaluate=replace(e, seeds=seeds, per_task=max(2, int(scale["evaluate"] * e.per_task * e.seeds / seeds))),
     )

@@ -12,7 +12,8 @@ from fewstep.engine import artifact
 from fewstep.engine.config import from_dict, override, read_yaml, to_dict
 from fewstep.engine.log import clock
 from fewstep.models import sd3
-from fewstep.recipes import RECIPES, budget, execute
+from fewstep.recipes import RECIPES, budget, distil, execute
+from fewstep.recipes.layout import FOLDER, RESOLVED
 from fewstep.recipes.pipeline import Distillation, Pipeline, build
 
 SHOWN = ("autoencoder_ceiling", "teacher_32_guided")
@@ -46,12 +47,12 @@ def run(recipe: str, out: Path, minutes: float) -> None:
         raise ValueError(f"--minutes {minutes:g}: give a positive number of minutes; 1 makes a quick, weak student")
     pipeline = build(recipe)
     assert isinstance(pipeline, Distillation)
-    begun = out / execute.RESOLVED
+    begun = out / RESOLVED
     if begun.exists():
         pipeline = resolve(recipe, [], begun)
         print(f"going on with {out} as it was begun")
     else:
-        folder = execute.teacher_folder(pipeline)
+        folder = distil.teacher_folder(pipeline)
         record = artifact.read(folder, "teacher")
         print(f"measuring this machine, then distilling for about {minutes:g} minutes")
         pipeline = budget.fit(pipeline, budget.measure(sd3.load(folder), record.t5_tokens), minutes)
@@ -73,9 +74,17 @@ def print_plan(pipeline: Pipeline, timed: bool = False) -> None:
     print(f"              {t.images:>10,} student steps in {t.images // t.batch:,} updates")
     updates = f"{d.images // d.batch:,} updates, {d.proxy_updates} of the proxy each"
     print(f"distribution  {d.images:>10,} student samples in {updates}")
+    reason = distil.idle(pipeline)
+    if reason:
+        print(f"split, merge  nothing: {reason}")
+    else:
+        count = pipeline.split.images
+        print(f"split         {count:>10,} student samples in {count // d.batch:,} updates of two branches in turn")
+        tried = f"{len(pipeline.merge.ratios)} ratios on {pipeline.merge.per_task} selection prompts a task"
+        print(f"merge         {tried}")
     print(f"evaluate      {pipeline.evaluate.per_task:>10,} prompts a task, {pipeline.evaluate.seeds} seeds")
     if timed:
-        folder = execute.teacher_folder(pipeline)
+        folder = distil.teacher_folder(pipeline)
         record = artifact.read(folder, "teacher")
         spent = budget.seconds(pipeline, budget.measure(sd3.load(folder), record.t5_tokens))
         print("\nestimated on this machine")
@@ -108,9 +117,9 @@ def show(path: Path | None) -> None:
         for name, purpose in RECIPES.items():
             print(f"{name:<16}{purpose}")
         return
-    if (path / execute.RESOLVED).is_file():
-        print((path / execute.RESOLVED).read_text().rstrip())
-        for folder in execute.FOLDER.values():
+    if (path / RESOLVED).is_file():
+        print((path / RESOLVED).read_text().rstrip())
+        for folder in (f for name in FOLDER.values() for f in (name, f"{name}/low", f"{name}/high")):
             if artifact.exists(path / folder):
                 print(f"\n{folder}: {artifact.read(path / folder).kind}, whole")
         if (path / "report.html").is_file():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fewstep.grids import check_grid
 from fewstep.recipes import RECIPES
-from fewstep.stages import autoencoder, distribution, evaluate, teacher, trajectory
+from fewstep.stages import autoencoder, distribution, evaluate, merge, split, teacher, trajectory
 
 BUNDLED = Path(__file__).parents[1] / "worlds" / "shapes" / "teacher"
 
@@ -23,7 +23,7 @@ class Distillation:
         grid: the student's grid, explicit numbers.
         teacher_steps: steps of the teacher that the student is measured against.
         prompts: "shapes", or a text file with one prompt a line.
-        trajectory, distribution, evaluate: settings of the stages.
+        trajectory, distribution, split, merge, evaluate: settings of the stages.
     """
 
     name: str
@@ -33,9 +33,11 @@ class Distillation:
     prompts: str = "shapes"
     trajectory: trajectory.Config = field(default_factory=trajectory.Config)
     distribution: distribution.Config = field(default_factory=distribution.Config)
+    split: split.Config = field(default_factory=split.Config)
+    merge: merge.Config = field(default_factory=merge.Config)
     evaluate: evaluate.Config = field(default_factory=evaluate.Config)
 
-    stages = ("trajectory", "distribution", "evaluate")
+    stages = ("trajectory", "distribution", "split", "merge", "evaluate")
 
     def __post_init__(self) -> None:
         check_grid(self.grid)
@@ -46,7 +48,6 @@ class Distillation:
             "trajectory.teacher_substeps": self.trajectory.teacher_substeps,
             "distribution.images": self.distribution.images,
             "distribution.batch": self.distribution.batch,
-            "distribution.proxy_updates": self.distribution.proxy_updates,
             "evaluate.per_task": self.evaluate.per_task,
             "evaluate.seeds": self.evaluate.seeds,
             "evaluate.batch": self.evaluate.batch,
@@ -54,10 +55,11 @@ class Distillation:
         }.items():
             if value < 1:
                 raise ValueError(f"{key} = {value}: a budget of zero makes nothing; give at least 1")
-        for name in ("trajectory", "distribution"):
-            section = getattr(self, name)
-            if section.images < section.batch:
-                raise ValueError(f"{name}.images = {section.images} is less than one update of {section.batch} ({name}.batch)")
+        batches = {"trajectory": self.trajectory.batch, "distribution": self.distribution.batch}
+        for name, batch in (batches | {"split": self.distribution.batch}).items():
+            images, source = getattr(self, name).images, "distribution" if name == "split" else name
+            if images < batch:
+                raise ValueError(f"{name}.images = {images} is less than one update of {batch} ({source}.batch)")
 
     @property
     def student_name(self) -> str:

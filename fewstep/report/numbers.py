@@ -19,6 +19,7 @@ from fewstep.worlds.shapes.grammar import GENEVAL_TASKS
 FORMAT = 1
 SCORINGS = ("strict", "geneval")
 TRAJECTORY = "student_trajectory"
+DISTRIBUTION = "student_distribution"
 CEILING = "autoencoder_ceiling"
 
 PROTOCOL_TEXT = (
@@ -125,7 +126,14 @@ def comparisons(arms: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Which arms are compared: every arm with the teacher's best, and the student with every other arm."""
     student, baseline = student_of(arms), baseline_of(arms)
     against_best = [(name, baseline) for name in arms if name != baseline]
-    return against_best + [(student, name) for name in arms if name not in (student, baseline, CEILING)]
+    with_student = [(student, name) for name in arms if name not in (student, baseline, CEILING)]
+    return against_best + with_student + [pair for pair in stage_pairs(arms) if pair[0] != student]
+
+
+def stage_pairs(arms: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Students after successive stages, each with the one before it."""
+    made = [name for name in (TRAJECTORY, DISTRIBUTION, student_of(arms)) if name in arms]
+    return list(zip(made[1:], made[:-1], strict=True))
 
 
 def compare(a: Outcome, b: Outcome) -> list[dict[str, Any]]:
@@ -189,15 +197,15 @@ def sentences(data: Mapping[str, Any]) -> list[str]:
         out.append(
             f"Against the teacher at the same {own['nfe']} evaluations ({label(rival['name'])}): {difference}."
         )
-    if TRAJECTORY in arms:
-        p = _pair(data, student, TRAJECTORY)
+    for after, before in stage_pairs(arms):
+        stage = "Split and merge" if before == DISTRIBUTION else "The distribution stage"
+        earlier, p = f"the {before.removeprefix('student_')} stage", _pair(data, after, before)
         if p["lo"] > 0:
-            text = f"The distribution stage improved on the trajectory stage by {_points(p)}."
+            out.append(f"{stage} improved on {earlier} by {_points(p)}.")
         elif p["hi"] < 0:
-            text = f"The distribution stage made the trajectory stage's student worse by {_points(p)}."
+            out.append(f"{stage} made {earlier}'s student worse by {_points(p)}.")
         else:
-            text = f"The distribution stage brought no detectable improvement on the trajectory stage ({_signed(p)})."
-        out.append(text)
+            out.append(f"{stage} brought no detectable improvement on {earlier} ({_signed(p)}).")
     return out
 
 
@@ -205,8 +213,8 @@ def label(name: str) -> str:
     """An arm's name for people: `teacher_4_unguided` is "teacher, 4 steps, no guidance"."""
     if name == CEILING:
         return "ceiling: true scenes"
-    if name == TRAJECTORY:
-        return "student, trajectory stage"
+    if name in (TRAJECTORY, DISTRIBUTION):
+        return f"student, {name.removeprefix('student_')} stage"
     if match := re.fullmatch(r"teacher_(\d+)_(un)?guided", name):
         return f"teacher, {match[1]} steps, {'no guidance' if match[2] else 'guided'}"
     if match := re.fullmatch(r"student_(\d+)", name):

@@ -21,7 +21,7 @@ from PIL import Image
 from fewstep.engine.log import clock, read_metrics
 from fewstep.evaluate import outcomes
 from fewstep.report import charts, numbers
-from fewstep.report.numbers import CEILING, TRAJECTORY, baseline_of, label, percent, points
+from fewstep.report.numbers import CEILING, DISTRIBUTION, TRAJECTORY, baseline_of, label, percent, points
 from fewstep.worlds.shapes.grammar import TASKS
 
 EVALUATION = "evaluation"  # folder of the outcomes inside a run's folder
@@ -59,7 +59,7 @@ def html(data: Mapping[str, Any], arms: Mapping[str, outcomes.Outcome], run_dir:
     )
     environment.filters |= {"label": label, "percent": percent, "points": points, "clock": clock}
     student = data["student"]
-    shown = [name for name in (data["baseline"], TRAJECTORY, student) if name in arms]
+    shown = [name for name in (data["baseline"], TRAJECTORY, DISTRIBUTION, student) if name in arms]
     overall = [r for r in data["rows"] if r["task"] == "overall"]
     cards, failed = picture_cards(arms, student, run_dir / EVALUATION)
     return environment.from_string(template).render(
@@ -124,7 +124,8 @@ def picture_cards(
         The cards, and how many of the student's images failed in all.
     """
     plain = f"teacher_{student.removeprefix('student_')}_unguided"
-    columns = [name for name in dict.fromkeys((baseline_of(arms), student, TRAJECTORY, plain)) if name in arms]
+    wanted = dict.fromkeys((baseline_of(arms), student, DISTRIBUTION, TRAJECTORY, plain))
+    columns = [name for name in wanted if name in arms]
     own = arms[student]["results"]
     wrong = [i for i, r in enumerate(own) if not r["strict"]]
     right = [i for i, r in enumerate(own) if r["strict"]]

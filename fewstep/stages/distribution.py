@@ -1,13 +1,16 @@
 """Stage `distribution`: distribution matching with timestep sharing (SD3.5-Flash, stage 2).
 
-One update: roll the student out on its grid without gradient; teach the proxy by flow matching on the samples;
-then move the student at one grid step by the distribution-matching loss and a share of trajectory guidance.
+One update: roll the student out on its grid without gradient; teach the proxy what the student makes of it;
+then move the student at one grid step by the distribution-matching loss, an adversarial loss at the same points, and
+a share of trajectory guidance. Stage `split` does the same with two students, each owning some of the steps.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -16,63 +19,101 @@ from torch import Tensor
 from fewstep import grids, noise
 from fewstep.conditioning import TextCond
 from fewstep.data import trajectories
+from fewstep.engine.checkpoint import Stateful
 from fewstep.engine.ema import EMA
 from fewstep.engine.loop import train
-from fewstep.engine.optim import Optim, Optimizer
+from fewstep.engine.optim import Optimizer
 from fewstep.engine.precision import fast_dtype
-from fewstep.flow import Velocity
+from fewstep.flow import Velocity, interpolate
 from fewstep.models import roles, sd3
-from fewstep.objectives import distribution, flow_matching
-from fewstep.solvers import rollout
+from fewstep.objectives import distribution, proxy
+from fewstep.solvers import Trajectory, renoising_rollout, rollout
+from fewstep.stages import adversary
+from fewstep.stages.adversary import Adversary
+from fewstep.stages.matching import Config
 from fewstep.stages.trajectory import update as trajectory_update
 
-INITIAL, PICK, RENOISE, TAU = 0, 1, 2, 3  # streams of addressed noise
-PROXY = 100  # two streams for each proxy update, from here on
+INITIAL, PICK, RENOISE, TAU, REAL, PERTURB, MIX, NOISED, GRID = range(9)  # streams of addressed noise
+SDE = 20  # one stream for each step of a rollout, from here on
+PROXY = 100  # four streams for each proxy update, from here on
 
 
-@dataclass(frozen=True)
-class Config:
-    """How the student is refined.
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What a refinement learns from.
 
     Attributes:
-        images: student samples used in student updates.
-        batch: samples in an update; all share one grid step, which goes round from update to update.
-        proxy_updates: proxy updates per student update, on the same samples with fresh times and noise (ours).
-        trajectory_weight: share of trajectory guidance kept; without it the intermediate states drift.
-        t_mean, t_std: logit-normal density of t for the proxy.
-        ema_half_life_images: of the student's average, which is what the stage hands on.
-        seed: of noise, prompts and order.
-        switches: what is matched, and where it is read.
-        optim: the student's optimiser.
-        proxy_optim: the proxy's.
+        proxy: where the proxy starts: the teacher's transformer, or the proxy that an earlier stage left.
+        teacher: the teacher's velocity with guidance in it.
+        stored: teacher trajectories, for trajectory guidance and as what heads take for real.
+        encode: prompts to conditions.
+        prompt_at: prompt of sample k.
     """
 
-    images: int = 8_000
-    batch: int = 32
-    proxy_updates: int = 5
-    trajectory_weight: float = 0.3
-    t_mean: float = 0.4
-    t_std: float = 1.0
-    ema_half_life_images: float = 1_000.0
-    seed: int = 2
-    switches: distribution.Switches = field(default_factory=distribution.Switches)
-    optim: Optim = field(default_factory=lambda: Optim(lr=5e-5, betas=(0.0, 0.999), warmup_images=320, final_lr_ratio=0.1))
-    proxy_optim: Optim = field(default_factory=lambda: Optim(lr=2e-4, betas=(0.0, 0.999), warmup_images=320))
+    proxy: SD3Transformer2DModel
+    teacher: Velocity
+    stored: trajectories.Trajectories
+    encode: trajectories.Encode
+    prompt_at: trajectories.PromptAt
+
+
+def turns(grid: tuple[float, ...], branch_at: Callable[[float], str]) -> list[int]:
+    """In which order grid steps are updated, to be repeated: branches take turns, and within each its steps do (ours).
+
+    One branch goes through its steps: 0, 1, 2, 3. Of two, one owning step 3 alone, both get as many updates:
+    0, 3, 1, 3, 2, 3.
+    """
+    owned: dict[str, list[int]] = {}
+    for i, t in enumerate(grid[:-1]):
+        owned.setdefault(branch_at(t), []).append(i)
+    longest = max(len(steps) for steps in owned.values())
+    return [steps[k % len(steps)] for k in range(longest) for steps in owned.values()]
+
+
+def branched(networks: Mapping[str, SD3Transformer2DModel], branch_at: Callable[[float], str]) -> Velocity:
+    """One velocity of several networks; a batch shares its time, which says whose turn it is."""
+    velocities = {name: sd3.velocity(network, fast_dtype()) for name, network in networks.items()}
+    return lambda x_t, t, cond: velocities[branch_at(float(t[0]))](x_t, t, cond)
+
+
+def student_rollout(
+    state: State, config: Config, shape: torch.Size, grid: tuple[float, ...], cond: TextCond, rows: range
+) -> Trajectory:
+    """The student's own way from noise (B, 16, H, W) to samples, without gradient."""
+    start = noise.normal(shape, seed=config.seed, index=rows, step=INITIAL)
+    velocity = branched(state.students, state.branch_at)
+
+    def fresh(i: int) -> Tensor:
+        return noise.normal(shape, seed=config.seed, index=rows, step=SDE + i)
+
+    with torch.no_grad():
+        if config.rollout == "sde":
+            return renoising_rollout(velocity, start, grid, cond, fresh)
+        return rollout(velocity, start, grid, cond)
 
 
 def proxy_update(
-    proxy: SD3Transformer2DModel, samples: Tensor, cond: TextCond, config: Config, rows: range, number: int
+    network: SD3Transformer2DModel, path: Trajectory, cond: TextCond, config: Config, rows: range, number: int
 ) -> Tensor:
-    """Flow-matching loss of the proxy on student samples (B, 16, H, W), scalar; gradient reaches the proxy alone."""
-    stream = PROXY + 2 * number
-    t = grids.logit_normal(noise.normal((), seed=config.seed, index=rows, step=stream), config.t_mean, config.t_std)
-    eps = noise.normal(samples.shape[1:], seed=config.seed, index=rows, step=stream + 1)
-    return flow_matching.loss(sd3.velocity(proxy, fast_dtype()), samples.detach(), eps, t, cond).mean()
+    """The proxy's loss on a rollout of the student, scalar; gradient reaches the proxy alone.
+
+    `number` counts the proxy's updates within one of the student: each has its own times, steps and noise.
+    """
+    stream, shape = PROXY + 4 * number, path.x.shape[2:]
+
+    def at(offset: int) -> dict[str, Any]:
+        return {"seed": config.seed, "index": rows, "step": stream + offset}
+
+    t = grids.logit_normal(noise.normal((), **at(0)), config.t_mean, config.t_std)
+    eps, u = noise.normal(shape, **at(1)), noise.uniform((), **at(2))
+    steps = noise.integers(0, len(path.v), **at(3))
+    given = proxy.pair(config.proxy_target, path, steps, t, eps, u, config.proxy_spread)
+    return proxy.loss(sd3.velocity(network, fast_dtype()), given, cond).mean()
 
 
 def student_update(
     student: SD3Transformer2DModel,
-    proxy: SD3Transformer2DModel,
+    network: SD3Transformer2DModel,
     teacher: Velocity,
     x_i: Tensor,
     i: int,
@@ -81,7 +122,10 @@ def student_update(
     config: Config,
     rows: range,
 ) -> distribution.DMResult:
-    """Distribution matching for grid step `i` from states `x_i` (B, 16, H, W); gradient reaches the student alone."""
+    """Distribution matching for grid step `i` from states `x_i` (B, 16, H, W), against the proxy `network`.
+
+    Gradient reaches the student alone.
+    """
     t_i, t_next = torch.full((len(x_i),), grid[i]), torch.full((len(x_i),), grid[i + 1])
     v = sd3.velocity(student, fast_dtype())(x_i, t_i, cond)
 
@@ -89,31 +133,80 @@ def student_update(
         return noise.normal(x_i.shape[1:], seed=config.seed, index=rows, step=RENOISE)
 
     u = noise.uniform((), seed=config.seed, index=rows, step=TAU)
-    frozen_proxy = sd3.velocity(proxy, fast_dtype())
-    return distribution.loss(config.switches, teacher, frozen_proxy, x_i, t_i, t_next, v, cond, fresh, u)
+    against = None if config.against == "student" else sd3.velocity(network, fast_dtype())
+    return distribution.loss(config.switches, teacher, against, x_i, t_i, t_next, v, cond, fresh, u, grid)
+
+
+def step_input(
+    config: Config, given: Given, path: Trajectory, i: int, cond: TextCond, real: tuple[Tensor, TextCond], rows: range
+) -> tuple[Tensor, TextCond]:
+    """Where the student's step starts, (B, 16, H, W), and its conditions: the rollout's state, or noised data.
+
+    Args:
+        config: settings.
+        given: what the stage learns from.
+        path: the student's rollout, made under `cond`.
+        i: grid step.
+        cond: conditions of the rollout.
+        real: teacher-made latents and their conditions.
+        rows: sample numbers.
+    """
+    draw = noise.uniform((), seed=config.seed, index=rows[:1], step=MIX)
+    if config.rollout == "noised_data" or (config.rollout == "mix" and bool(draw < 0.5)):
+        eps = noise.normal(real[0].shape[1:], seed=config.seed, index=rows, step=NOISED)
+        return interpolate(real[0], eps, torch.full((len(eps),), path.grid[i])), real[1]
+    return path.x[i], cond
+
+
+def update_grid(config: Config, grid: tuple[float, ...], rows: range) -> tuple[float, ...]:
+    """The times of an update: the student's own, or a grid of as many steps drawn for this update."""
+    if not config.random_grid or len(grid) < 3:
+        return grid
+    uniforms = noise.uniform((len(grid) - 2,), seed=config.seed, index=rows[:1], step=GRID)[0]
+    return grids.random_grid(uniforms.tolist())
+
+
+def adversarial_update(
+    heads: Adversary, matched: distribution.DMResult, cond: TextCond, real: tuple[Tensor, TextCond], config: Config, rows: range
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Teach the heads at the points that were matched, and give the student's adversarial loss there.
+
+    Args:
+        heads: the adversary.
+        matched: what `student_update` gave; its points are the fake ones.
+        cond: conditions of the student's samples.
+        real: teacher-made latents x0 (B, 16, H, W) and their conditions; noised here to the same times.
+        config: settings.
+        rows: sample numbers, addresses of the noise.
+
+    Returns:
+        The student's loss (B,), whose gradient reaches the student alone; and figures. The gradient of the heads' own
+        loss has been added to the heads (and, if `joint`, to the proxy).
+    """
+    shape = matched.x_tau.shape[1:]
+    noised = interpolate(real[0], noise.normal(shape, seed=config.seed, index=rows, step=REAL), matched.tau)
+    eps = noise.normal(shape, seed=config.seed, index=rows, step=PERTURB) if heads.config.r1_weight > 0 else noised
+    learned = adversary.discriminator_update(heads, (noised, real[1]), (matched.x_tau, cond), matched.tau, eps)
+    learned["loss"].backward()
+    heads.optimizer.step(rows.start, config.images)
+    loss = adversary.student_loss(heads, matched.x_tau, matched.tau, cond)
+    return loss, {
+        "heads_loss": learned["loss"].detach(),
+        "heads_real": learned["real"],
+        "heads_fake": learned["fake"],
+        "adversarial_loss": loss.detach().mean(),
+    }
 
 
 def run(
-    config: Config,
-    start: SD3Transformer2DModel,
-    teacher_network: SD3Transformer2DModel,
-    teacher: Velocity,
-    stored: trajectories.Trajectories,
-    encode: trajectories.Encode,
-    prompt_at: trajectories.PromptAt,
-    work: Path,
-    metrics: Path,
-) -> SD3Transformer2DModel:
-    """Refine a copy of `start` and return its average.
+    config: Config, start: SD3Transformer2DModel, given: Given, work: Path, metrics: Path
+) -> tuple[SD3Transformer2DModel, SD3Transformer2DModel]:
+    """Refine a copy of `start`; returns its average, and the proxy as it ended.
 
     Args:
         config: settings.
         start: the student after trajectory guidance.
-        teacher_network: the teacher's transformer, from which the proxy starts.
-        teacher: the teacher's velocity with guidance in it.
-        stored: teacher trajectories for the share of trajectory guidance.
-        encode: prompts to conditions.
-        prompt_at: prompt of sample k.
+        given: teacher, its trajectories, prompts.
         work: folder for checkpoints.
         metrics: the run's metrics.jsonl.
 
@@ -121,49 +214,153 @@ def run(
         ValueError: for a budget below one step, or a checkpoint of another stage.
         FloatingPointError: when a loss is not finite.
     """
-    student, proxy = roles.trainable_copy(start), roles.trainable_copy(teacher_network)
-    optimizer = Optimizer(student.named_parameters(), config.optim)
-    proxy_optimizer = Optimizer(proxy.named_parameters(), config.proxy_optim)
-    ema, grid = EMA({"student": student}, config.ema_half_life_images), stored.grid
-    stored_cond = encode(stored.prompts)
+    state = refine(config, {"student": start}, lambda t: "student", given, "distribution", work, metrics)
+    return state.students["student"], state.proxy
 
-    def step(seen: int) -> dict[str, float]:
-        rows = range(seen, seen + config.batch)
-        cond = encode([prompt_at(k) for k in rows])
-        x = noise.normal(stored.x.shape[2:], seed=config.seed, index=rows, step=INITIAL)
-        with torch.no_grad():
-            path = rollout(sd3.velocity(student, fast_dtype()), x, grid, cond)
-        for number in range(config.proxy_updates):
-            proxy_loss = proxy_update(proxy, path.x[-1], cond, config, rows, number)
-            proxy_loss.backward()
-            proxy_optimizer.step(seen, config.images)
-        i = (seen // config.batch) % (len(grid) - 1)
-        matched = student_update(student, proxy, teacher, path.x[i], i, grid, cond, config, rows)
-        pick = noise.integers(0, len(stored.prompts), seed=config.seed, index=rows, step=PICK)
-        anchored = trajectory_update(student, stored, stored_cond, pick, torch.full_like(pick, i))
-        (matched.loss.mean() + config.trajectory_weight * anchored.mean()).backward()
-        norm = optimizer.step(seen, config.images)
-        ema.update(seen, config.batch)
-        return {
-            "proxy_loss": float(proxy_loss.detach()),
-            "trajectory_loss": float(anchored.detach().mean()),
-            "direction": float(matched.direction.abs().mean()),
-            "normaliser": float(matched.normaliser.mean()),
-            "grad_norm": float(norm),
-            "sample_mean": float(path.x[-1].mean()),
-            "sample_std": float(path.x[-1].std()),
-        }
 
-    parts = {"student": student, "proxy": proxy, "optimizer": optimizer, "proxy_optimizer": proxy_optimizer, "ema": ema}
+def refine(
+    config: Config,
+    starts: Mapping[str, SD3Transformer2DModel],
+    branch_at: Callable[[float], str],
+    given: Given,
+    stage: str,
+    work: Path,
+    metrics: Path,
+) -> State:
+    """Refine copies of one or several students that share the work by time; on return the students are the averages.
+
+    Args:
+        config: settings.
+        starts: where each student starts, by name.
+        branch_at: which student owns the step that starts at a time.
+        given, work, metrics: as in `run`.
+        stage: name in the log.
+
+    Raises:
+        ValueError: for a budget below one step, or a checkpoint of another stage.
+        FloatingPointError: when a loss is not finite.
+    """
+    state = begin(config, starts, branch_at, given)
     train(
-        step,
-        parts,
-        stage="distribution",
+        lambda seen: update(state, config, given, seen),
+        state.parts(),
+        stage=stage,
         total_images=config.images - config.images % config.batch,
         images_per_step=config.batch,
         work=work,
         metrics=metrics,
         log_every=4,
     )
-    ema.copy_to({"student": student})
-    return student.requires_grad_(False)
+    for name, network in state.students.items():
+        state.averages[name].copy_to({"student": network})
+        network.requires_grad_(False)
+    state.proxy.requires_grad_(False)
+    return state
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """All that an update changes, and what it needs to know of the branches.
+
+    Attributes:
+        students, optimizers, averages: by branch.
+        proxy, proxy_optimizer: the proxy, one for all branches.
+        heads: the adversary, or None.
+        branch_at: which branch owns the step that starts at a time.
+        order: grid steps in the order of updates, repeated.
+        stored_cond: conditions of the stored trajectories.
+    """
+
+    students: dict[str, SD3Transformer2DModel]
+    optimizers: dict[str, Optimizer]
+    averages: dict[str, EMA]
+    proxy: SD3Transformer2DModel
+    proxy_optimizer: Optimizer
+    heads: Adversary | None
+    branch_at: Callable[[float], str]
+    order: list[int]
+    stored_cond: TextCond
+
+    def parts(self) -> dict[str, Stateful]:
+        """What a checkpoint holds."""
+        parts: dict[str, Stateful] = {"proxy": self.proxy, "proxy_optimizer": self.proxy_optimizer}
+        if self.heads is not None:
+            parts |= {"heads": self.heads.heads, "heads_optimizer": self.heads.optimizer}
+        for name, network in self.students.items():
+            parts |= {name: network, f"{name}_optimizer": self.optimizers[name], f"{name}_ema": self.averages[name]}
+        return parts
+
+
+def begin(
+    config: Config, starts: Mapping[str, SD3Transformer2DModel], branch_at: Callable[[float], str], given: Given
+) -> State:
+    """The state before the first update; arguments as in `refine`."""
+    students = {name: roles.trainable_copy(network) for name, network in starts.items()}
+    proxy = roles.trainable_copy(given.proxy)
+    return State(
+        students=students,
+        optimizers={name: Optimizer(network.named_parameters(), config.optim) for name, network in students.items()},
+        averages={name: EMA({"student": network}, config.ema_half_life_images) for name, network in students.items()},
+        proxy=proxy,
+        proxy_optimizer=Optimizer(proxy.named_parameters(), config.proxy_optim),
+        heads=Adversary(config.adversary, proxy, config.seed) if config.adversary.weight > 0 else None,
+        branch_at=branch_at,
+        order=turns(given.stored.grid, branch_at),
+        stored_cond=given.encode(given.stored.prompts),
+    )
+
+
+def update(state: State, config: Config, given: Given, seen: int) -> dict[str, float]:
+    """One update of proxy, heads and the student whose turn it is. SD3.5-Flash, stage 2; order ours.
+
+    Args:
+        state: changed in place.
+        config: settings.
+        given: teacher, its trajectories, prompts.
+        seen: images before this update; the address of all its noise.
+
+    Returns:
+        Figures for the log.
+    """
+    rows = range(seen, seen + config.batch)
+    grid = update_grid(config, given.stored.grid, rows)
+    cond = given.encode([given.prompt_at(k) for k in rows])
+    path = student_rollout(state, config, given.stored.x.shape[2:], grid, cond, rows)
+    figures: dict[str, Tensor] = {}
+    for number in range(config.proxy_updates):
+        learned = proxy_update(state.proxy, path, cond, config, rows, number)
+        learned.backward()
+        state.proxy_optimizer.step(seen, config.images)
+        figures["proxy_loss"] = learned.detach()
+    i = state.order[(seen // config.batch) % len(state.order)]
+    name = state.branch_at(grid[i])
+    student = state.students[name]
+    pick = noise.integers(0, len(given.stored.prompts), seed=config.seed, index=rows, step=PICK)
+    real = given.stored.x[pick, -1], state.stored_cond[pick]
+    x_i, cond = step_input(config, given, path, i, cond, real, rows)
+    matched = student_update(student, state.proxy, given.teacher, x_i, i, grid, cond, config, rows)
+    loss = (0.0 if i in config.skip_matching else 1.0) * matched.loss.mean()
+    if config.trajectory_weight > 0:
+        anchored = trajectory_update(student, given.stored, state.stored_cond, pick, torch.full_like(pick, i)).mean()
+        loss = loss + config.trajectory_weight * anchored
+        figures["trajectory_loss"] = anchored.detach()
+    if state.heads is not None and i not in config.skip_adversary:
+        state.heads.renew(seen)
+        adversarial_loss, of_heads = adversarial_update(state.heads, matched, cond, real, config, rows)
+        if config.adversary.joint:
+            state.proxy_optimizer.step(seen, config.images)
+        loss = loss + config.adversary.weight * adversarial_loss.mean()
+        figures |= of_heads
+    loss.backward()
+    norm = state.optimizers[name].step(seen, config.images)
+    state.averages[name].update(seen, config.batch)
+    if config.ida < 1:
+        roles.align(state.proxy, student, config.ida)
+    figures |= {
+        "direction": matched.direction.abs().mean(),
+        "normaliser": matched.normaliser.mean(),
+        "grad_norm": norm,
+        "sample_mean": path.x[-1].mean(),
+        "sample_std": path.x[-1].std(),
+    }
+    return {key: float(value) for key, value in figures.items()}

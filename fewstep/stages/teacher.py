@@ -43,7 +43,7 @@ class Config:
         optim: optimiser.
     """
 
-    images: int = 600_000
+    images: int = 480_000
     batch: int = 32
     latents: int = 80_000
     t_mean: float = 0.8

@@ -1,0 +1,146 @@
+"""How far one set of images is from another, read by the detector: histograms of what is shown, and MMD.
+
+Strict scores ask whether an image is right; these ask whether the images as a whole are distributed as they should
+be. Both compare an arm with another one, or with the true scenes of the same prompts, which the ceiling holds.
+
+histogram: total variation between the shares of each attribute over all objects, 0 (equal) to 1 (nothing in common).
+    Two samples of one distribution are a little apart, too: `floor` says how far, by permutation.
+mmd: squared maximum mean discrepancy with KID's polynomial kernel (x.y / d + 1)^3 between vectors of counts, unbiased:
+    0 on average for equal distributions, so it may be slightly negative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fewstep.evaluate import statistics
+from fewstep.evaluate.outcomes import Outcome
+from fewstep.evaluate.statistics import Estimate
+from fewstep.worlds.shapes.scene import COLORS, SHAPES, SIZES
+
+Float = NDArray[np.float64]
+Facts = Sequence[Sequence[object]]
+
+MOST = 5  # images with this many objects or more share a bin
+VALUES: dict[str, tuple[object, ...]] = {
+    "shape": SHAPES,
+    "color": COLORS,
+    "size": SIZES,
+    "cell": tuple(range(9)),
+    "shape_color": tuple((s, c) for s in SHAPES for c in COLORS),
+    "objects": tuple(range(MOST + 1)),
+}
+DRAWS = 1_000
+
+
+class Distance(NamedTuple):
+    """Total variation of one attribute, its interval over prompts, and the mean between samples of one distribution."""
+
+    attribute: str
+    mean: float
+    lo: float
+    hi: float
+    floor: float
+
+
+def counts(facts: Facts) -> dict[str, Float]:
+    """What one image shows, as counts of each value of each attribute; "objects" is one-hot."""
+    shown: dict[str, list[object]] = {
+        "shape": [f[0] for f in facts],
+        "color": [f[1] for f in facts],
+        "size": [f[2] for f in facts],
+        "cell": [f[3] for f in facts],
+        "shape_color": [(f[0], f[1]) for f in facts],
+        "objects": [min(len(facts), MOST)],
+    }
+    return {name: np.array([shown[name].count(v) for v in values], dtype=np.float64) for name, values in VALUES.items()}
+
+
+def of_arm(outcome: Outcome, truth: bool = False) -> list[Facts]:
+    """What each image of an arm shows; `truth` takes the true scenes that the ceiling holds.
+
+    Raises:
+        ValueError: the arm holds no true scenes.
+    """
+    if not truth:
+        return [r["facts"] for r in outcome["results"]]
+    if any("truth" not in r for r in outcome["results"]):
+        raise ValueError(f"{outcome['name']} holds no true scenes: it must be the autoencoder's arm")
+    return [r["truth"] for r in outcome["results"]]
+
+
+def total_variation(a: Float, b: Float) -> Float:
+    """Half the summed absolute difference of the shares of two histograms (..., K); 1 where one is empty alone."""
+    shares = [h / np.maximum(h.sum(axis=-1, keepdims=True), 1e-12) for h in (a, b)]
+    empty = [h.sum(axis=-1) == 0 for h in (a, b)]
+    out: Float = np.where(empty[0] != empty[1], 1.0, np.abs(shares[0] - shares[1]).sum(axis=-1) / 2)
+    return out
+
+
+def histograms(
+    first: Sequence[Facts], second: Sequence[Facts], prompts: Sequence[int], draws: int = DRAWS, seed: int = 0
+) -> list[Distance]:
+    """Total variation of every attribute between two sets of images of the same prompts, image by image aligned.
+
+    Args:
+        first, second: what each image shows.
+        prompts: the prompt number of each image; prompts are resampled together with all their images.
+        draws: of the bootstrap, and of the permutations that swap the two sets prompt by prompt.
+        seed: of both.
+
+    Raises:
+        ValueError: sets of different sizes, or none.
+    """
+    if not prompts or not len(first) == len(second) == len(prompts):
+        raise ValueError(f"histograms need two aligned sets of images, got {len(first)}, {len(second)}, {len(prompts)}")
+    groups = [np.flatnonzero(np.asarray(prompts) == p) for p in dict.fromkeys(prompts)]
+    times = statistics.resampling(len(groups), draws, seed, 0)
+    swaps = np.random.default_rng([seed, 1]).random((draws, len(groups))) < 0.5
+    read = [[counts(f) for f in side] for side in (first, second)]
+    out: list[Distance] = []
+    for name in VALUES:
+        a, b = (np.stack([np.sum([side[i][name] for i in rows], axis=0) for rows in groups]) for side in read)
+        drawn = total_variation(times @ a, times @ b)
+        swapped = total_variation(*(np.where(s[..., None], x, y).sum(axis=1) for s, x, y in ((swaps, a, b), (swaps, b, a))))
+        value = float(total_variation(a.sum(axis=0), b.sum(axis=0)))
+        out.append(Distance(name, value, *statistics.percentiles(drawn), float(swapped.mean())))
+    return out
+
+
+def mmd(
+    first: Sequence[Facts], second: Sequence[Facts], prompts: Sequence[int], draws: int = DRAWS, seed: int = 0
+) -> Estimate:
+    """Squared MMD between two sets of images of the same prompts, with its interval over prompts.
+
+    Pairs of images of one prompt are left out within and between the sets: seeds of a prompt are not independent. So
+    are, in the bootstrap, pairs of a prompt with its own copy.
+
+    Raises:
+        ValueError: sets of different sizes, or fewer than two prompts.
+    """
+    if len(set(prompts)) < 2 or not len(first) == len(second) == len(prompts):
+        raise ValueError(f"mmd needs two aligned sets of images of at least two prompts, got {len(first)}, {len(second)}")
+    x, y = (np.stack([np.concatenate([*counts(f).values()]) for f in side]) for side in (first, second))
+    group = np.unique(np.asarray(prompts), return_inverse=True)[1]
+    apart = 1.0 - np.eye(group.max() + 1)
+    sums = _by_group(_kernel(x, x) + _kernel(y, y) - _kernel(x, y) - _kernel(y, x), group) * apart
+    pairs = _by_group(np.ones((len(x), len(x))), group) * apart
+    weights = np.vstack([np.ones(len(apart)), statistics.resampling(len(apart), draws, seed, 0)])
+    drawn = np.einsum("di,ij,dj->d", weights, sums, weights) / np.einsum("di,ij,dj->d", weights, pairs, weights)
+    return Estimate(float(drawn[0]), *statistics.percentiles(drawn[1:]))
+
+
+def _kernel(x: Float, y: Float) -> Float:
+    out: Float = (x @ y.T / x.shape[1] + 1.0) ** 3
+    return out
+
+
+def _by_group(values: Float, group: NDArray[np.intp]) -> Float:
+    """Sums of a matrix (N, N) over pairs of groups, (G, G)."""
+    member = np.eye(group.max() + 1)[group]
+    out: Float = member.T @ values @ member
+    return out
