@@ -111,8 +111,8 @@ def fit(pipeline: Distillation, speed: Speed, minutes: float) -> Distillation:
             trajectories=whole(scale["trajectories"] * t.trajectories, 64, 1),
             images=whole(scale["trajectory"] * t.images, t.batch, 8),
         ),
-        distribution=replace(d, images=whole(scale["distribution"] * d.images, d.batch, 8)),
-        split=replace(pipeline.split, images=whole(scale["split"] * pipeline.split.images, d.batch, 6)),
+        distribution=replace(d, images=whole(scale["distribution"] * d.images, d.batch, 4)),
+        split=replace(pipeline.split, images=whole(scale["split"] * pipeline.split.images, d.batch, 2)),
         merge=replace(m, per_task=max(2, int(scale["merge"] * m.per_task))),
         evaluate=replace(e, seeds=seeds, per_task=max(2, int(scale["evaluate"] * e.per_task * e.seeds / seeds))),
     )

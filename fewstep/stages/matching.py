@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 from fewstep.engine.optim import Optim
 from fewstep.objectives import proxy
@@ -83,11 +83,7 @@ class Config(Switches):
 
     def with_preset(self, name: Preset) -> Config:
         """These settings with all switches of a preset; budgets, seeds and optimisers stay."""
-        stage = proxy.STAGE_PRESETS[name]
-        return replace(
-            self,
-            preset=name,
-            **{f.name: getattr(PRESETS[name], f.name) for f in fields(Switches)},
-            **{key: value for key, value in stage.items() if key != "adversarial_weight"},
-            adversary=replace(self.adversary, weight=stage["adversarial_weight"]),
-        )
+        changes: dict[str, Any] = {f.name: getattr(PRESETS[name], f.name) for f in fields(Switches)}
+        changes |= proxy.STAGE_PRESETS[name]
+        changes["adversary"] = replace(self.adversary, weight=changes.pop("adversarial_weight"))
+        return replace(self, preset=name, **changes)
