@@ -43,6 +43,7 @@ def test_a_grid_with_an_idle_branch_says_so_and_what_would_split_it() -> None:
     assert "no step of the grid (1.0, 0.75, 0.0) starts at or below split.boundary = 0.5" in reason
     assert "such as 0.875" in reason and not split.idle(TWO, 0.875)
     assert "starts above split.boundary" in split.idle((0.4, 0.2, 0.0), 0.5)
+    assert split.idle((1.0, 0.0), 0.5).endswith("is kept")  # one step: nothing to suggest
 
 
 def test_branches_take_turns_and_go_round_their_steps() -> None:

@@ -17,7 +17,6 @@ from fewstep.models import roles
 SUM, BRANCHES = "sum", "branches"
 
 
-
 @dataclass(frozen=True)
 class Config:
     """How the branches are merged.

@@ -62,11 +62,14 @@ def idle(grid: tuple[float, ...], boundary: float) -> str:
     if not empty:
         return ""
     side = "at or below" if empty[0] == LOW else "above"
-    return (
+    reason = (
         f"no step of the grid {grid} starts {side} split.boundary = {boundary}: nothing to split, the student of stage "
-        f"`distribution` is kept. A boundary between two starting times, such as "
-        f"{(grid[-3] + grid[-2]) / 2:g}, splits this grid"
+        "`distribution` is kept"
     )
+    if len(grid) < 3:  # a single step: no boundary splits it
+        return reason
+    between = (grid[-3] + grid[-2]) / 2
+    return f"{reason}. A boundary between two starting times, such as {between:g}, splits this grid"
 
 
 def settings(config: Config, stage2: distribution.Config) -> distribution.Config:
