@@ -14,8 +14,8 @@ from fewstep.worlds.shapes.scene import (
     COLORS,
     GAP,
     MARGIN,
+    PITCH,
     RADIUS,
-    RADIUS_JITTER,
     RELATIONS,
     RGB,
     SHAPES,
@@ -41,7 +41,7 @@ def test_objects_keep_their_distance_and_stay_inside() -> None:
         for o in scene.objects:
             reach = o.radius + MARGIN
             assert reach <= o.x <= CANVAS - reach and reach <= o.y <= CANVAS - reach
-            assert abs(o.radius / RADIUS[o.size] - 1) <= RADIUS_JITTER
+            assert o.radius == RADIUS[o.size] and o.x % PITCH == o.y % PITCH == 0
         for a, b in itertools.combinations(scene.objects, 2):
             assert hypot(a.x - b.x, a.y - b.y) > SQUARE_REACH * (a.radius + b.radius) + GAP
 
@@ -56,8 +56,11 @@ def test_no_pixel_belongs_to_two_objects_and_nothing_is_cut_off() -> None:
         assert total.max() <= 1
 
 
-def test_the_size_bands_do_not_meet() -> None:
-    assert RADIUS["large"] * (1 - RADIUS_JITTER) > 1.4 * RADIUS["small"] * (1 + RADIUS_JITTER)
+def test_one_object_takes_every_place_of_the_lattice_that_its_size_leaves_free() -> None:
+    rng = np.random.default_rng(0)
+    for size, reached in (("small", {8, 16, 24, 32, 40, 48, 56}), ("large", {16, 24, 32, 40, 48})):
+        drawn = [place([Wanted(size=size)], rng).objects[0] for _ in range(600)]
+        assert {(o.x, o.y) for o in drawn} == set(itertools.product(reached, reached))
 
 
 def test_a_scene_is_a_function_of_the_generator_state() -> None:

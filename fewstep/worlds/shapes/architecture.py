@@ -34,14 +34,14 @@ class Architecture:
     """Sizes of the bundled teacher. Joint attention runs over 16 image tokens and twice 12 text tokens.
 
     Attributes:
-        width: transformer width; a multiple of 64.
+        width: transformer width; a multiple of 64. In a given time 128 learns more than 192 (docs/LOG.md, 2026-11-24).
         layers: joint blocks.
         dual_layers: how many of the first blocks have the second, image-only attention of SD3.5-Medium.
         clip_l_width, clip_g_width, t5_width: encoder widths; the first two must fit in the third.
         encoder_layers: of each encoder, at least 2 (SD3 reads the last but one).
     """
 
-    width: int = 192
+    width: int = 128
     layers: int = 6
     dual_layers: int = 2
     clip_l_width: int = 64
@@ -118,6 +118,11 @@ def build(architecture: Architecture, vae: AutoencoderKL, seed: int) -> StableDi
         relative_attention_num_buckets=16,
         relative_attention_max_distance=16,
     )
+    t5_encoder = T5EncoderModel(t5_config)
+    # A new T5 is almost blind to the order of words: its only sign of it starts at a standard deviation of 0.07, and a
+    # caption's "A above B" was still read as "A, B, above" after 90,000 captions. With this it is read at once.
+    order = t5_encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+    torch.nn.init.normal_(order.weight, std=2.0)
     transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -147,6 +152,6 @@ def build(architecture: Architecture, vae: AutoencoderKL, seed: int) -> StableDi
         tokenizer=clip,
         text_encoder_2=clip_encoder(a.clip_g_width),
         tokenizer_2=clip_tokenizer(),
-        text_encoder_3=T5EncoderModel(t5_config),
+        text_encoder_3=t5_encoder,
         tokenizer_3=t5,
     )

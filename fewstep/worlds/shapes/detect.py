@@ -22,7 +22,6 @@ from fewstep.worlds.shapes.scene import (
     CANVAS,
     COLORS,
     RADIUS,
-    RADIUS_JITTER,
     RGB,
     SHAPES,
     Color,
@@ -30,7 +29,7 @@ from fewstep.worlds.shapes.scene import (
     Size,
 )
 
-DETECTOR_VERSION = 1  # enters every score's protocol: raise it when an answer can change
+DETECTOR_VERSION = 2  # enters every score's protocol: raise it when an answer can change
 
 Float = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -47,10 +46,10 @@ FAINT = 0.1  # coverage this close to none or all is taken as such in the IoU, s
 MIN_IOU = 0.80
 MIN_SHARE = 0.62  # on the way from any other shape (0) to the one named (1); 0.5 is as much one as the other
 MIN_PURITY = 0.75  # share of the core that must have the object's colour
-SIZE_SLACK = 1.25  # a radius this far outside both bands belongs to no size
-SIZE_SPLIT = (RADIUS["small"] * (1 + RADIUS_JITTER) + RADIUS["large"] * (1 - RADIUS_JITTER)) / 2
-MIN_RADIUS = RADIUS["small"] * (1 - RADIUS_JITTER) / SIZE_SLACK
-MAX_RADIUS = RADIUS["large"] * (1 + RADIUS_JITTER) * SIZE_SLACK
+SIZE_SLACK = 1.34  # a radius this many times below the small one or above the large one belongs to no size
+SIZE_SPLIT = (RADIUS["small"] + RADIUS["large"]) / 2
+MIN_RADIUS = RADIUS["small"] / SIZE_SLACK
+MAX_RADIUS = RADIUS["large"] * SIZE_SLACK
 SAMPLES = 3  # per pixel and axis, in templates
 
 # Area and centre of mass (v, down) of each shape of nominal radius 1, from the geometry in `render.inside`.
