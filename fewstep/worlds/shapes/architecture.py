@@ -78,6 +78,29 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=MAX_TOKENS)
 
 
+def t5_encoder(architecture: Architecture, vocabulary_size: int) -> T5EncoderModel:
+    """An untrained T5 encoder that sees the order of words."""
+    a = architecture
+    config = T5Config(
+        vocab_size=vocabulary_size,
+        d_model=a.t5_width,
+        d_kv=32,
+        d_ff=2 * a.t5_width,
+        num_layers=a.encoder_layers,
+        num_heads=a.t5_width // 32,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        relative_attention_num_buckets=16,
+        relative_attention_max_distance=16,
+    )
+    encoder = T5EncoderModel(config)
+    # A new T5 is almost blind to the order of words: its only sign of it starts at a standard deviation of 0.07, and a
+    # caption's "A above B" was still read as "A, B, above" after 90,000 captions. With this it is read at once.
+    order = encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+    torch.nn.init.normal_(order.weight, std=2.0)
+    return encoder
+
+
 def build(architecture: Architecture, vae: AutoencoderKL, seed: int) -> StableDiffusion3Pipeline:
     """An untrained pipeline around a trained autoencoder; weights are a function of `seed`.
 
@@ -106,23 +129,6 @@ def build(architecture: Architecture, vae: AutoencoderKL, seed: int) -> StableDi
         )
         return CLIPTextModelWithProjection(config)
 
-    t5_config = T5Config(
-        vocab_size=len(t5),
-        d_model=a.t5_width,
-        d_kv=32,
-        d_ff=2 * a.t5_width,
-        num_layers=a.encoder_layers,
-        num_heads=a.t5_width // 32,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-        relative_attention_num_buckets=16,
-        relative_attention_max_distance=16,
-    )
-    t5_encoder = T5EncoderModel(t5_config)
-    # A new T5 is almost blind to the order of words: its only sign of it starts at a standard deviation of 0.07, and a
-    # caption's "A above B" was still read as "A, B, above" after 90,000 captions. With this it is read at once.
-    order = t5_encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
-    torch.nn.init.normal_(order.weight, std=2.0)
     transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -152,6 +158,6 @@ def build(architecture: Architecture, vae: AutoencoderKL, seed: int) -> StableDi
         tokenizer=clip,
         text_encoder_2=clip_encoder(a.clip_g_width),
         tokenizer_2=clip_tokenizer(),
-        text_encoder_3=t5_encoder,
+        text_encoder_3=t5_encoder(a, len(t5)),
         tokenizer_3=t5,
     )
