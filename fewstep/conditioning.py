@@ -4,7 +4,7 @@ L is text tokens, D the token width (T5's), P the pooled width (CLIP-L + CLIP-G)
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +91,15 @@ class EncoderOutputs:
     clip_g_tokens: Tensor
     clip_g_pooled: Tensor
     t5_tokens: Tensor
+
+    def __getitem__(self, index: slice | Tensor) -> "EncoderOutputs":
+        """Rows by slice or LongTensor."""
+        return EncoderOutputs(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    @staticmethod
+    def cat(outputs: "Sequence[EncoderOutputs]") -> "EncoderOutputs":
+        """Joins batches of the same shapes."""
+        return EncoderOutputs(*(torch.cat([getattr(o, f.name) for o in outputs]) for f in fields(EncoderOutputs)))
 
 
 def assemble(outputs: EncoderOutputs) -> TextCond:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -26,6 +28,11 @@ def test_it_fits_in_forty_mebibytes_and_its_hash_is_that_of_its_weights() -> Non
     assert sum(p.stat().st_size for p in BUNDLED.rglob("*")) <= 40 * 2**20
     assert artifact.weights_hash(BUNDLED) == record.weights
     assert record.t5_tokens == MAX_TOKENS and len(record.grid) == 33
+
+
+def test_its_configurations_name_no_place() -> None:
+    for path in BUNDLED.rglob("config.json"):
+        assert not json.loads(path.read_text(encoding="utf-8")).get("_name_or_path"), path
 
 
 def test_its_tokenizers_are_those_that_the_code_builds() -> None:

@@ -67,6 +67,14 @@ def test_assemble_lays_out_clips_padding_and_t5():
     assert torch.equal(cond.pooled, torch.cat([o.clip_l_pooled, o.clip_g_pooled], 1))
 
 
+def test_encoder_outputs_batch_like_the_conditions_made_of_them():
+    o = _outputs(5)
+    joined = EncoderOutputs.cat([o[:2], o[2:]])
+    assert _same(assemble(joined), assemble(o))
+    rows = torch.tensor([3, 0, 3])
+    assert _same(assemble(o[rows]), assemble(o)[rows])
+
+
 def test_assemble_refuses_clips_wider_than_t5():
     o = _outputs()
     with pytest.raises(ValueError, match="wide"):

@@ -176,6 +176,11 @@ def test_settings_that_cannot_work_are_refused_when_they_are_read(tmp_path: Path
     for key in ("trajectory.images", "evaluate.batch", "evaluate.seeds"):
         with pytest.raises(ValueError, match=f"^{key} = 0: a budget of zero"):
             resolve("shapes_4step", [f"{key}=0"])
+    for key in ("teacher.images", "teacher.latents", "teacher.reading.captions", "teacher.reading.batch", "evaluate.seeds"):
+        with pytest.raises(ValueError, match=f"^{key} = 0: a budget of zero"):
+            resolve("shapes_teacher", [f"{key}=0"])
+    with pytest.raises(ValueError, match=r"teacher.reading.captions = 8 is less than one update of 128 \(teacher.reading.b"):
+        resolve("shapes_teacher", ["teacher.reading.captions=8"])
     with pytest.raises(ValueError, match="distribution.images = 8 is less than one update of 32"):
         resolve("shapes_4step", ["distribution.images=8"])
     with pytest.raises(ValueError, match="strictly decreases"):

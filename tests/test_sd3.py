@@ -111,6 +111,15 @@ def test_loaded_networks_are_frozen_float32_and_evaluate(ours) -> None:
         assert all(p.dtype == torch.float32 and not p.requires_grad for p in network.parameters())
 
 
+def test_a_saved_pipeline_does_not_tell_where_it_was_loaded_from(tmp_path: Path, teacher_folder: Path) -> None:
+    pipe = sd3.load(teacher_folder)
+    for network in (pipe.transformer, pipe.vae):  # as diffusers remembers of a folder that does not say otherwise
+        network.register_to_config(_name_or_path=str(teacher_folder))
+    sd3.save(pipe, tmp_path / "again")
+    texts = {str(path): path.read_text(encoding="utf-8") for path in (tmp_path / "again").rglob("*.json")}
+    assert texts and not [path for path, text in texts.items() if str(teacher_folder) in text]
+
+
 def test_a_saved_pipeline_opens_as_it_was(tmp_path: Path, teacher_folder: Path, ours) -> None:
     sd3.save(ours, tmp_path / "again")
     assert ours.transformer.dtype == ours.vae.dtype == torch.float32

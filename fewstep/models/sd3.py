@@ -163,12 +163,13 @@ def save(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
 
     Stock `from_pretrained` opens diffusers' parts in float32 whatever is stored, but transformers' parts as they are
     stored: float16 encoders would meet a float32 transformer, and the first call would fail. The networks of `pipe`
-    keep their own precision.
+    keep their own precision. Where they were loaded from is not written: it says nothing to whoever gets the folder.
     """
     quiet()
     pipe.save_pretrained(folder)
     for name in ("transformer", "vae"):
         half = copy.deepcopy(getattr(pipe, name)).to(torch.float16)
+        half.register_to_config(_name_or_path="")
         half.save_pretrained(folder / name)
 
 

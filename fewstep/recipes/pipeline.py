@@ -13,6 +13,12 @@ from fewstep.stages import autoencoder, distribution, evaluate, merge, split, te
 BUNDLED = Path(__file__).parents[1] / "worlds" / "shapes" / "teacher"
 
 
+def _refuse_empty(budgets: dict[str, int]) -> None:
+    for key, value in budgets.items():
+        if value < 1:
+            raise ValueError(f"{key} = {value}: a budget of zero makes nothing; give at least 1")
+
+
 @dataclass(frozen=True)
 class Distillation:
     """Turn a teacher into a few-step student.
@@ -41,7 +47,7 @@ class Distillation:
 
     def __post_init__(self) -> None:
         check_grid(self.grid)
-        for key, value in {
+        budgets = {
             "trajectory.images": self.trajectory.images,
             "trajectory.batch": self.trajectory.batch,
             "trajectory.trajectories": self.trajectory.trajectories,
@@ -52,9 +58,8 @@ class Distillation:
             "evaluate.seeds": self.evaluate.seeds,
             "evaluate.batch": self.evaluate.batch,
             "teacher_steps": self.teacher_steps,
-        }.items():
-            if value < 1:
-                raise ValueError(f"{key} = {value}: a budget of zero makes nothing; give at least 1")
+        }
+        _refuse_empty(budgets)
         batches = {"trajectory": self.trajectory.batch, "distribution": self.distribution.batch}
         for name, batch in (batches | {"split": self.distribution.batch}).items():
             images, source = getattr(self, name).images, "distribution" if name == "split" else name
@@ -88,6 +93,28 @@ class TeacherTraining:
     guidance_scales: tuple[float, ...] = (1.5, 2.0, 3.0, 4.0)
 
     stages = ("autoencoder", "teacher", "evaluate")
+
+    def __post_init__(self) -> None:
+        reading = self.teacher.reading
+        budgets = {
+            "autoencoder.batch": self.autoencoder.batch,
+            "teacher.images": self.teacher.images,
+            "teacher.batch": self.teacher.batch,
+            "teacher.latents": self.teacher.latents,
+            "teacher.reading.captions": reading.captions,
+            "teacher.reading.batch": reading.batch,
+            "evaluate.per_task": self.evaluate.per_task,
+            "evaluate.seeds": self.evaluate.seeds,
+            "evaluate.batch": self.evaluate.batch,
+            "teacher_steps": self.teacher_steps,
+        }
+        _refuse_empty(budgets)
+        for key, images, batch in (
+            ("teacher.images", self.teacher.images, self.teacher.batch),
+            ("teacher.reading.captions", reading.captions, reading.batch),
+        ):
+            if images < batch:
+                raise ValueError(f"{key} = {images} is less than one update of {batch} ({key.rpartition('.')[0]}.batch)")
 
 
 Pipeline = Distillation | TeacherTraining

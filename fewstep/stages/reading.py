@@ -21,8 +21,8 @@ from fewstep.engine.loop import train
 from fewstep.engine.optim import Optim, Optimizer
 from fewstep.models import sd3
 from fewstep.worlds.shapes.architecture import MAX_TOKENS
-from fewstep.worlds.shapes.grammar import PLURAL, Ask, wordings
-from fewstep.worlds.shapes.prompts import training_ask
+from fewstep.worlds.shapes.grammar import PLURAL, Ask
+from fewstep.worlds.shapes.prompts import caption, training_ask
 from fewstep.worlds.shapes.scene import COLORS, RELATIONS, SHAPES, SIZES
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -122,8 +122,7 @@ def batch_of(seed: int, first: int, count: int) -> tuple[list[str], Tensor, Tens
     for i in range(count):
         rng = np.random.default_rng([seed, first + i])
         ask = training_ask(rng)
-        forms = wordings(ask)
-        texts.append(forms[rng.integers(len(forms))])
+        texts.append(caption(ask, rng))
         of_nouns, of_caption = facts(ask)
         nouns += of_nouns
         captions.append(of_caption)
@@ -137,11 +136,10 @@ def run(config: Config, pipe: StableDiffusion3Pipeline, seed: int, work: Path, m
     """Train `pipe`'s encoders in place and freeze them; the probes are thrown away. Resumes from `work`.
 
     Raises:
-        ValueError: for a budget below one step.
         FloatingPointError: when the loss is not finite.
     """
     encoders = {name: getattr(pipe, name).requires_grad_(True).train() for name in ENCODERS}
-    widths = [pipe.text_encoder.config.hidden_size, pipe.text_encoder_2.config.hidden_size, pipe.text_encoder_3.config.d_model]
+    widths = [encoder.config.hidden_size for encoder in encoders.values()]
     torch.manual_seed(seed)
     networks: dict[str, Any] = {**encoders, "probes": Probes(*widths)}
     named = [(f"{n}.{p}", w) for n, network in networks.items() for p, w in network.named_parameters()]
@@ -167,7 +165,7 @@ def run(config: Config, pipe: StableDiffusion3Pipeline, seed: int, work: Path, m
     train(
         step,
         {**networks, "optimizer": optimizer},
-        stage="reading",
+        stage="teacher.reading",  # where its settings are, for the loop's errors
         total_images=config.captions,
         images_per_step=config.batch,
         work=work,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def run(config: Config, pipe: StableDiffusion3Pipeline, latents: Path, work: Pat
         keep = noise.uniform((3,), **at(DROP)) >= dropping
         t = grids.logit_normal(noise.normal((), **at(TIME)), config.t_mean, config.t_std)
         with autocast():
-            cond = assemble(drop(rows_of(table, [row_of[t] for t in texts]), keep | empty[:, None]))
+            cond = assemble(drop(table[torch.tensor([row_of[t] for t in texts])], keep | empty[:, None]))
             losses = flow_matching.loss(velocity, x0, noise.normal((16, 8, 8), **at(EPS)), t, cond)
         loss = losses.mean()
         loss.backward()
@@ -118,14 +118,9 @@ def run(config: Config, pipe: StableDiffusion3Pipeline, latents: Path, work: Pat
 @torch.no_grad()
 def encode_all(pipe: StableDiffusion3Pipeline, texts: list[str]) -> tuple[EncoderOutputs, dict[str, int]]:
     """What the encoders say of every text, and which row of it is whose: frozen encoders are asked once."""
-    parts = [sd3.encode_ids(pipe, sd3.tokenize(pipe, texts[i : i + 1024], MAX_TOKENS)) for i in range(0, len(texts), 1024)]
-    joined = {f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(EncoderOutputs)}
-    return EncoderOutputs(**joined), {text: i for i, text in enumerate(texts)}
-
-
-def rows_of(table: EncoderOutputs, rows: list[int]) -> EncoderOutputs:
-    """A batch of `table`."""
-    return EncoderOutputs(**{f.name: getattr(table, f.name)[rows] for f in fields(EncoderOutputs)})
+    ids = sd3.tokenize(pipe, texts, MAX_TOKENS)
+    parts = [sd3.encode_ids(pipe, chunk) for chunk in zip(*(of_encoder.split(1024) for of_encoder in ids), strict=True)]
+    return EncoderOutputs.cat(parts), {text: i for i, text in enumerate(texts)}
 
 
 def untrained(config: Config, vae: AutoencoderKL) -> StableDiffusion3Pipeline:
