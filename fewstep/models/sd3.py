@@ -166,6 +166,7 @@ def save(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
     keep their own precision. Where they were loaded from is not written: it says nothing to whoever gets the folder.
     """
     quiet()
+    pipe.register_to_config(_name_or_path="")
     pipe.save_pretrained(folder)
     for name in ("transformer", "vae"):
         half = copy.deepcopy(getattr(pipe, name)).to(torch.float16)
