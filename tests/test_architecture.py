@@ -58,6 +58,18 @@ def test_an_untrained_network_starts_at_zero() -> None:
     assert out.shape == (1, 16, 8, 8) and not out.any()
 
 
-def test_widths_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="clip_l_width \\+ clip_g_width = 128 exceeds t5_width 64"):
-        build(Architecture(clip_l_width=64, clip_g_width=64, t5_width=64), autoencoder.build((8, 8, 8, 8)), 0)
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"clip_l_width": 64, "clip_g_width": 64, "t5_width": 64}, r"clip_l_width \+ clip_g_width = 128 exceeds t5_width 64"),
+        ({"width": 100}, "^width = 100: give a multiple of 64"),
+        ({"width": 0}, "^width = 0: give a multiple of 64"),
+        ({"clip_g_width": 48}, "^clip_g_width = 48: give a multiple of 32"),
+        ({"layers": 2, "dual_layers": 3}, "^dual_layers = 3, layers = 2"),
+        ({"layers": 0, "dual_layers": 0}, "^dual_layers = 0, layers = 0"),
+        ({"encoder_layers": 1}, "^encoder_layers = 1: SD3 reads the last but one"),
+    ],
+)
+def test_sizes_that_no_network_can_have_are_refused(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Architecture(**sizes)

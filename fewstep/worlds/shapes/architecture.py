@@ -39,6 +39,9 @@ class Architecture:
         dual_layers: how many of the first blocks have the second, image-only attention of SD3.5-Medium.
         clip_l_width, clip_g_width, t5_width: encoder widths; the first two must fit in the third.
         encoder_layers: of each encoder, at least 2 (SD3 reads the last but one).
+
+    Raises:
+        ValueError: sizes that no network can have, by their name.
     """
 
     width: int = 128
@@ -48,6 +51,20 @@ class Architecture:
     clip_g_width: int = 128
     t5_width: int = 192
     encoder_layers: int = 2
+
+    def __post_init__(self) -> None:
+        sizes = {"width": 64, "clip_l_width": 32, "clip_g_width": 32, "t5_width": 32}  # widths of attention heads
+        for name, head in sizes.items():
+            size = getattr(self, name)
+            if size < head or size % head:
+                raise ValueError(f"{name} = {size}: give a multiple of {head}, which is the width of an attention head")
+        if self.clip_l_width + self.clip_g_width > self.t5_width:
+            both = self.clip_l_width + self.clip_g_width
+            raise ValueError(f"clip_l_width + clip_g_width = {both} exceeds t5_width {self.t5_width}")
+        if not 0 <= self.dual_layers <= self.layers or self.layers < 1:
+            raise ValueError(f"dual_layers = {self.dual_layers}, layers = {self.layers}: give 0 to `layers`, and 1 or more")
+        if self.encoder_layers < 2:
+            raise ValueError(f"encoder_layers = {self.encoder_layers}: SD3 reads the last but one, give at least 2")
 
 
 def clip_tokenizer() -> CLIPTokenizer:
@@ -102,14 +119,8 @@ def t5_encoder(architecture: Architecture, vocabulary_size: int) -> T5EncoderMod
 
 
 def build(architecture: Architecture, vae: AutoencoderKL, seed: int) -> StableDiffusion3Pipeline:
-    """An untrained pipeline around a trained autoencoder; weights are a function of `seed`.
-
-    Raises:
-        ValueError: when the CLIP widths do not fit in T5's.
-    """
+    """An untrained pipeline around a trained autoencoder; weights are a function of `seed`."""
     a = architecture
-    if a.clip_l_width + a.clip_g_width > a.t5_width:
-        raise ValueError(f"clip_l_width + clip_g_width = {a.clip_l_width + a.clip_g_width} exceeds t5_width {a.t5_width}")
     torch.manual_seed(seed)
     clip, t5 = clip_tokenizer(), t5_tokenizer()
 
