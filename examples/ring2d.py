@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fewstep import grids
 from fewstep.engine.ema import EMA
+from fewstep.evaluate.distances import energy_distance
 from fewstep.flow import interpolate
 from fewstep.objectives import distribution, flow_matching, proxy, trajectory
 from fewstep.objectives.distribution import Switches
@@ -90,15 +91,6 @@ def ring() -> GaussianMixture:
     angle = torch.arange(8) * math.pi / 4
     means = 1.5 * torch.stack([angle.cos(), angle.sin()], dim=1)
     return GaussianMixture(means, torch.linspace(0.06, 0.16, 8), torch.linspace(1.0, 3.0, 8))
-
-
-def energy_distance(a: Tensor, b: Tensor) -> float:
-    """2 E|a - b| - E|a - a'| - E|b - b'| of two samples (N, d), unbiased; 0 for equal distributions."""
-
-    def within(x: Tensor) -> Tensor:
-        return torch.cdist(x, x).sum() / (len(x) * (len(x) - 1))
-
-    return float(2 * torch.cdist(a, b).mean() - within(a) - within(b))
 
 
 def teacher_states(world: GaussianMixture, grid: tuple[float, ...], count: int, substeps: int = 16) -> Tensor:
@@ -196,7 +188,7 @@ def measure(world: GaussianMixture, path: Trajectory) -> list[float]:
     distances = []
     for x, t in zip(path.x[1:], path.grid[1:], strict=True):
         truth = interpolate(world.sample(MEASURED), torch.randn(MEASURED, 2), torch.full((MEASURED,), t))
-        distances.append(1000 * energy_distance(x, truth))
+        distances.append(1000 * energy_distance(x, truth)[0])
     return distances
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
+import torch
 
 from fewstep.evaluate import distances
 from fewstep.worlds.shapes.scene import COLORS, SHAPES, SIZES
@@ -69,3 +72,32 @@ def test_wrong_sets_are_refused() -> None:
         distances.histograms(images, images[:3], [0, 0, 1, 1])
     with pytest.raises(ValueError, match="at least two prompts"):
         distances.mmd(images, images, [0, 0, 0, 0])
+
+
+def test_energy_distance_of_gaussians_has_its_closed_value() -> None:
+    """E|a - b| of two normals on a line is that of |N(m, s^2)|, in closed form."""
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(3000, 1, generator=g), 2 + torch.randn(3000, 1, generator=g)
+
+    def folded(m: float, s: float) -> float:
+        normal = torch.distributions.Normal(0.0, 1.0)
+        density = math.exp(-((m / s) ** 2) / 2) / math.sqrt(2 * math.pi)
+        return 2 * s * density + m * (1 - 2 * float(normal.cdf(torch.tensor(-m / s))))
+
+    s = math.sqrt(2)
+    distance, cross = distances.energy_distance(a, b)
+    assert cross == pytest.approx(folded(2, s), rel=0.02)
+    assert distance == pytest.approx(2 * folded(2, s) - 2 * folded(0, s), rel=0.04)
+
+
+def test_paired_energy_distance_of_a_set_with_itself_is_zero() -> None:
+    a = torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
+    assert distances.energy_distance(a, a, paired=True)[0] == pytest.approx(0.0, abs=1e-12)
+    assert distances.energy_distance(a, a)[0] < 0  # the pairs of a point with itself count as distance 0
+
+
+def test_energy_distance_refuses_what_it_cannot_compare() -> None:
+    a = torch.zeros(3, 2)
+    for b, paired in ((a[:1], False), (a[:2], True)):
+        with pytest.raises(ValueError, match="at least two points"):
+            distances.energy_distance(a, b, paired)

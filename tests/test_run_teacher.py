@@ -29,7 +29,7 @@ PIPELINE = TeacherTraining(
         images=32,
         batch=8,
         latents=40,
-        encoder_drop_from=0.5,
+        t5_alone_until=0.5,
         architecture=SIZES,
         reading=reading.Config(captions=32, batch=16),
     ),

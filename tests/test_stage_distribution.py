@@ -81,9 +81,9 @@ def test_proxy_update_touches_the_proxy_alone(world: World, networks, cond, chan
     student, proxy = networks
     path = path_of(world)
     attached = replace(path, x=student.proj_out.weight.sum() * path.x, v=student.proj_out.weight.sum() * path.v)
-    loss = proxy_update(proxy, attached, cond, replace(CONFIG, **changes), ROWS, 0)
-    loss.backward()
-    assert loss.shape == () and touched(proxy) > 0.9 * len([*proxy.parameters()])
+    losses, times = proxy_update(proxy, attached, cond, replace(CONFIG, **changes), ROWS, 0)
+    losses.mean().backward()
+    assert losses.shape == times.shape == (4,) and touched(proxy) > 0.9 * len([*proxy.parameters()])
     assert touched(student) == touched(world.pipe.transformer) == 0
 
 
@@ -91,7 +91,7 @@ def test_each_proxy_update_has_its_own_times_and_noise(world: World, networks, c
     _, proxy = networks
     path = path_of(world)
     with torch.no_grad():
-        losses = [float(proxy_update(proxy, path, cond, CONFIG, ROWS, n)) for n in (0, 1, 0)]
+        losses = [float(proxy_update(proxy, path, cond, CONFIG, ROWS, n)[0].mean()) for n in (0, 1, 0)]
     assert losses[0] == losses[2] != losses[1]
 
 
@@ -140,7 +140,7 @@ def test_the_proxy_learns_the_students_samples(world: World, networks, cond) -> 
     optimizer = Optimizer(proxy.named_parameters(), Optim(lr=2e-3, betas=(0.9, 0.99)))
 
     def loss(number: int) -> torch.Tensor:
-        return proxy_update(proxy, path_of(world), cond, CONFIG, ROWS, number)
+        return proxy_update(proxy, path_of(world), cond, CONFIG, ROWS, number)[0].mean()
 
     def held_out() -> float:
         with torch.no_grad():
@@ -175,10 +175,12 @@ def test_a_run_logs_and_gives_back_a_frozen_student(world: World, tmp_path: Path
     student = train(world, tmp_path, CONFIG)
     assert all(not p.requires_grad for p in student.parameters())
     rows = read_metrics(tmp_path / "m.jsonl")
-    assert [r["images"] for r in rows] == [32, 64]
-    figures = {"proxy_loss", "trajectory_loss", "direction", "normaliser", "grad_norm", "sample_mean", "sample_std"}
-    of_heads = {"heads_loss", "heads_real", "heads_fake", "adversarial_loss"}
+    assert [r["images"] for r in rows] == [8, 16, 24, 32, 40, 48, 56, 64]
+    figures = {"proxy_loss", "trajectory_loss", "clipped", "grad_norm", "sample_mean", "sample_std"}
+    of_heads = {"heads_loss", "heads_real", "heads_fake", "heads", "adversarial_loss"}
     assert figures | of_heads <= rows[0].keys()
+    of_step = ("direction", "normaliser", "move")  # grid steps take turns
+    assert [{f"{n}_{i}" in row for n in of_step} for row, i in zip(rows, (0, 1) * 4, strict=True)] == [{True}] * 8
     pairs = zip(student.parameters(), world.pipe.transformer.parameters(), strict=True)
     moved = [not torch.equal(a, b) for a, b in pairs]
     assert sum(moved) > 0.9 * len(moved)

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from fewstep.evaluate.statistics import OVERALL, Estimate, bootstrap, paired, percentiles, resampling, shares
+from fewstep.evaluate.statistics import (
+    OVERALL,
+    Estimate,
+    bootstrap,
+    over_runs,
+    paired,
+    percentiles,
+    resampling,
+    shares,
+)
 from fewstep.worlds.shapes.grammar import GENEVAL_TASKS, TASKS
 
 EVERY = [task for task in TASKS for _ in range(5)]
@@ -115,3 +124,21 @@ def test_a_share_never_has_an_end_below_zero_or_above_one() -> None:
         lowest, highest = (bootstrap(v, ["colors"] * count, 500)["colors"] for v in (values, 1 - values))
         assert lowest.lo >= 0 and highest.hi <= 1
         assert not str(lowest.lo).startswith("-")
+
+
+def test_over_runs_of_one_run_is_the_bootstrap() -> None:
+    rng = np.random.default_rng(0)
+    right = rng.random((12, 3)) < 0.5
+    tasks = [task for task in GENEVAL_TASKS for _ in range(2)]
+    one, many = bootstrap(right, tasks), over_runs(right[None], tasks)
+    for name, estimate in one.items():
+        assert many[name] == pytest.approx(estimate, abs=1e-9)
+
+
+def test_over_runs_holds_what_runs_differ_by() -> None:
+    """All prompts agree within a run and runs do not: the interval is that of three numbers drawn with replacement."""
+    right = np.stack([np.full((40, 2), share) for share in (0.0, 0.5, 1.0)])
+    estimate = over_runs(right, ["colors"] * 40)["colors"]
+    assert estimate.mean == 0.5 and (estimate.lo, estimate.hi) == pytest.approx((0.0, 1.0))
+    with pytest.raises(ValueError, match="runs, prompts, seeds"):
+        over_runs(right[0], ["colors"] * 40)

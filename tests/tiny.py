@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from fewstep.engine import artifact
+from fewstep.engine import artifact, health
 from fewstep.engine.artifact import Artifact
 from fewstep.grids import STUDENT_GRIDS, shifted_grid
 from fewstep.models import sd3
@@ -21,6 +21,7 @@ SIZES = Architecture(
     width=64, layers=2, dual_layers=1, clip_l_width=32, clip_g_width=32, t5_width=64, encoder_layers=2
 )
 GUIDANCE = 2.0
+LOOKS = health.Config(looks=1, prompts=2, seeds=2)
 HEADS = adversary.Config(heads=2, hidden=8, refresh=0.3)  # two blocks; renewed often enough to be seen
 
 
@@ -63,7 +64,7 @@ def tiny_recipe(teacher: Path, steps: int, **changes: Any) -> Distillation:
             teacher=str(teacher),
             grid=STUDENT_GRIDS[steps],
             trajectory=trajectory.Config(images=16, batch=4, trajectories=6, teacher_substeps=1),
-            distribution=distribution.Config(images=8 * steps, batch=4, proxy_updates=2, adversary=HEADS),
+            distribution=distribution.Config(images=8 * steps, batch=4, proxy_updates=2, adversary=HEADS, health=LOOKS),
             split=split.Config(images=24),
             merge=merge.Config(ratios=(0.0, 0.5), per_task=1, seeds=1),
             evaluate=evaluate.Config(per_task=2, seeds=1, batch=32),

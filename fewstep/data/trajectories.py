@@ -62,6 +62,7 @@ def write(
     count: int,
     substeps: int,
     seed: int,
+    title: str = "teacher trajectories",
 ) -> None:
     """Roll the teacher out from `count` noises; shards that are already whole are kept.
 
@@ -75,6 +76,7 @@ def write(
         count: trajectories.
         substeps: teacher steps in each student step.
         seed: of the initial noise.
+        title: on the progress line.
 
     Raises:
         OSError: when the folder cannot be written or the disk is full; whole shards stay.
@@ -85,7 +87,7 @@ def write(
         rows = range(first, min(first + SHARD, count))
         path = folder / f"{first:07d}-{len(rows):03d}.safetensors"
         if not path.exists():
-            progress = progress or Progress("teacher trajectories", count, first)
+            progress = progress or Progress(title, count, first)
             prompts = [prompt_at(k) for k in rows]
             cond, x = encode(prompts), noise.normal(latent_shape, seed=seed, index=rows, step=INITIAL)
             states = [x]

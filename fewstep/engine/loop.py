@@ -23,6 +23,7 @@ def train(
     metrics: Path,
     checkpoint_every_s: float = 120.0,
     log_every: int = 20,
+    look: Callable[[int], bool] | None = None,
 ) -> int:
     """Call `step(images_seen)` until `total_images`, resuming from the newest checkpoint in `work`.
 
@@ -39,6 +40,8 @@ def train(
         metrics: the run's metrics.jsonl.
         checkpoint_every_s: seconds between checkpoints.
         log_every: steps between rows of the log.
+        look: called with the images seen before the first step and after each; True ends the stage early. What it
+            changes belongs into `parts`.
 
     Returns:
         Images seen at the end.
@@ -53,7 +56,8 @@ def train(
     log, progress = Metrics(metrics, stage, seen), Progress(stage, total_images, seen)
     saved = time.monotonic()
     note = ""
-    while seen < total_images:
+    ended = look is not None and look(seen)
+    while seen < total_images and not ended:
         values = {name: float(value) for name, value in step(seen).items()}
         seen += images_per_step
         bad = [name for name, value in values.items() if not -1e30 < value < 1e30]
@@ -66,6 +70,7 @@ def train(
             log.write(seen, values)
             note = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         progress.show(seen, note)
+        ended = look is not None and look(seen)
         if time.monotonic() - saved > checkpoint_every_s and seen < total_images:
             checkpoint.save(work, parts, seen)
             saved = time.monotonic()

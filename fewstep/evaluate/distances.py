@@ -5,6 +5,7 @@ be. Both compare an arm with another one, or with the true scenes of the same pr
 
 histogram: total variation between the shares of each attribute over all objects, 0 (equal) to 1 (nothing in common).
     Two samples of one distribution are a little apart, too: `floor` says how far, by permutation.
+energy_distance: between two clouds of points, such as latents; needs no detector.
 mmd: squared maximum mean discrepancy with KID's polynomial kernel (x.y / d + 1)^3 between vectors of counts, unbiased:
     0 on average for equal distributions, so it may be slightly negative.
 """
@@ -15,7 +16,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fewstep.evaluate import statistics
 from fewstep.evaluate.outcomes import Outcome
@@ -132,6 +135,29 @@ def mmd(
     weights = np.vstack([np.ones(len(apart)), statistics.resampling(len(apart), draws, seed, 0)])
     drawn = np.einsum("di,ij,dj->d", weights, sums, weights) / np.einsum("di,ij,dj->d", weights, pairs, weights)
     return Estimate(float(drawn[0]), *statistics.percentiles(drawn[1:]))
+
+
+def energy_distance(a: Tensor, b: Tensor, paired: bool = False) -> tuple[float, float]:
+    """2 E|a - b| - E|a - a'| - E|b - b'| of two samples (N, d), unbiased, and E|a - b|, which bounds it by half.
+
+    Args:
+        a, b: points. The distance is 0 on average for equal distributions, so it may be slightly negative.
+        paired: a[i] and b[i] are not independent (they have one origin), so that pair does not count.
+
+    Raises:
+        ValueError: fewer than two points in a sample, or paired samples of different sizes.
+    """
+    if min(len(a), len(b)) < 2 or (paired and len(a) != len(b)):
+        raise ValueError(f"energy_distance needs at least two points each, as many if paired, got {len(a)} and {len(b)}")
+
+    def apart(x: Tensor, y: Tensor, diagonal: bool) -> Tensor:
+        distances = torch.cdist(x.double(), y.double())
+        if diagonal:
+            return distances.mean()
+        return (distances.sum() - distances.diagonal().sum()) / (len(x) * (len(x) - 1))
+
+    cross = apart(a, b, diagonal=not paired)
+    return float(2 * cross - apart(a, a, False) - apart(b, b, False)), float(cross)
 
 
 def _kernel(x: Float, y: Float) -> Float:

@@ -18,6 +18,7 @@ from fewstep.worlds.shapes.grammar import GENEVAL_TASKS
 DRAWS = 10_000
 LEVEL = 0.95
 OVERALL = "overall"
+RUNS = 1_000  # stream of the resampling of training runs
 
 
 class Estimate(NamedTuple):
@@ -81,6 +82,38 @@ def paired(
     if first.shape != second.shape:
         raise ValueError(f"a comparison needs the same prompts and seeds: {first.shape} and {second.shape}")
     return bootstrap(first - second, tasks, draws, seed, level)
+
+
+def over_runs(
+    values: ArrayLike, tasks: Sequence[str], draws: int = DRAWS, seed: int = 0, level: float = LEVEL
+) -> dict[str, Estimate]:
+    """As `bootstrap`, for several training runs of one recipe: runs and prompts are both resampled.
+
+    Args:
+        values: (runs, prompts, seeds): verdicts, or differences of two recipes' verdicts, run by run.
+        tasks, draws, seed, level: as in `bootstrap`.
+
+    With a single run the interval is that of `bootstrap`: it says nothing about training.
+
+    Raises:
+        ValueError: `values` is not (runs, prompts, seeds), or not aligned with `tasks`.
+    """
+    runs = np.asarray(values, dtype=np.float64)
+    if runs.ndim != 3 or len(runs) == 0:
+        raise ValueError(f"values must be (runs, prompts, seeds), not {runs.shape}")
+    rows, names = np.stack([_prompt_means(run, tasks) for run in runs]), list(dict.fromkeys(tasks))
+    times = resampling(len(rows), draws, seed, RUNS) / len(rows)
+    means: dict[str, float] = {}
+    drawn: dict[str, NDArray[np.float64]] = {}
+    for stream, name in enumerate(names):
+        own = rows[:, np.array([t == name for t in tasks])]
+        means[name] = float(own.mean())
+        prompts = resampling(own.shape[1], draws, seed, stream) / own.shape[1]
+        drawn[name] = means[name] + np.einsum("dr,rp,dp->d", times, own - own.mean(), prompts)
+    if set(GENEVAL_TASKS) <= set(names):
+        means[OVERALL] = float(np.mean([means[t] for t in GENEVAL_TASKS]))
+        drawn[OVERALL] = np.mean([drawn[t] for t in GENEVAL_TASKS], axis=0)
+    return {name: Estimate(means[name], *percentiles(drawn[name], level)) for name in drawn}
 
 
 def shares(values: ArrayLike, tasks: Sequence[str]) -> dict[str, Shares]:

@@ -18,6 +18,7 @@ from fewstep.recipes import distil
 from fewstep.recipes.pipeline import Distillation
 
 SHARES = {"trajectories": 0.22, "trajectory": 0.22, "distribution": 0.20, "split": 0.08, "merge": 0.06, "evaluate": 0.22}
+WATCHED = 0.06  # at most this share looks at the student's health
 FIXED_S = 20.0  # opening models, writing artefacts, the report
 CAUTION = 0.9  # machines slow down; a demo should not overrun
 EVALUATED_PER_PROMPT_TASKS = 6.5  # eight tasks, of which some have fewer prompts than asked
@@ -81,9 +82,21 @@ def seconds(pipeline: Distillation, speed: Speed) -> dict[str, float]:
         "trajectory": t.images / speed.train,
         "distribution": d.images * refine,
         "split": pipeline.split.images * refine if tried else 0.0,
+        "health": _watching(pipeline, 2 if tried else 1) / speed.forward,
         "merge": tried * merged * (steps / speed.forward + 1 / speed.decode),
         "evaluate": images * (evaluations / speed.forward + 8 / speed.decode),
     }
+
+
+def _watching(pipeline: Distillation, refinements: int) -> float:
+    """Network evaluations of looking at the student's health: the teacher's trajectories once, then each look."""
+    steps, h = len(pipeline.grid) - 1, pipeline.distribution.health
+    if h.looks == 0:
+        return 0.0
+    # rollout and trajectory error, guided teacher at inner points, proxy and teacher at four times; the strip is little
+    look = 2.0 * steps + 2.0 * (steps - 1) + 8.0
+    made = 2.0 * steps * pipeline.trajectory.teacher_substeps
+    return h.prompts * h.seeds * (made + refinements * (h.looks + 1) * look)
 
 
 def fit(pipeline: Distillation, speed: Speed, minutes: float) -> Distillation:
@@ -96,6 +109,11 @@ def fit(pipeline: Distillation, speed: Speed, minutes: float) -> Distillation:
         raise ValueError(f"--minutes {minutes:g}: give a positive number of minutes; 1 makes a quick, weak student")
     left = max(10.0, CAUTION * 60 * minutes - FIXED_S)
     now = seconds(pipeline, speed)
+    watching = now.pop("health")
+    health = pipeline.distribution.health
+    if watching > WATCHED * left:
+        health = replace(health, prompts=max(2, int(health.prompts * WATCHED * left / watching)))
+    left -= watching * health.prompts / pipeline.distribution.health.prompts
     shared = sum(SHARES[part] for part, took in now.items() if took > 0)  # parts that do nothing leave theirs to others
     scale = {part: SHARES[part] / shared * left / took if took > 0 else 1.0 for part, took in now.items()}
     t, d, e, m = pipeline.trajectory, pipeline.distribution, pipeline.evaluate, pipeline.merge
@@ -111,7 +129,7 @@ def fit(pipeline: Distillation, speed: Speed, minutes: float) -> Distillation:
             trajectories=whole(scale["trajectories"] * t.trajectories, 64, 1),
             images=whole(scale["trajectory"] * t.images, t.batch, 8),
         ),
-        distribution=replace(d, images=whole(scale["distribution"] * d.images, d.batch, 4)),
+        distribution=replace(d, images=whole(scale["distribution"] * d.images, d.batch, 4), health=health),
         split=replace(pipeline.split, images=whole(scale["split"] * pipeline.split.images, d.batch, 2)),
         merge=replace(m, per_task=max(2, int(scale["merge"] * m.per_task))),
         evaluate=replace(e, seeds=seeds, per_task=max(2, int(scale["evaluate"] * e.per_task * e.seeds / seeds))),

@@ -7,7 +7,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from numpy.typing import NDArray
+from torch import Tensor
 
 from fewstep.conditioning import TextCond
 from fewstep.data import prompts, trajectories
@@ -24,7 +27,10 @@ from fewstep.recipes.arms import strict_overall, teacher_arms
 from fewstep.recipes.layout import FOLDER, METRICS, PROXY, SECONDS, timed
 from fewstep.recipes.pipeline import BUNDLED, Distillation
 from fewstep.report import page
-from fewstep.stages import distribution, evaluate, merge, split, trajectory
+from fewstep.stages import distribution, evaluate, merge, split, trajectory, watch
+from fewstep.worlds.shapes.data import to_uint8
+
+HELD_OUT_SEED = 500  # added to the seed of the trajectories: their noise is not that of the held-out ones
 
 
 def teacher_folder(pipeline: Distillation) -> Path:
@@ -81,14 +87,14 @@ def _done(stage: str, folder: Path) -> bool:
 
 def _stored(pipeline: Distillation, out: Path, teacher: Teacher) -> trajectories.Trajectories:
     """The teacher trajectories of a run; made now if they are not there."""
-    config, network = pipeline.trajectory, teacher.pipe.transformer.config
+    config = pipeline.trajectory
     trajectories.write(
         out / "trajectories",
         teacher.velocity,
         teacher.encode,
         prompts.source(pipeline.prompts, config.seed),
         grid=pipeline.grid,
-        latent_shape=(network.in_channels, network.sample_size, network.sample_size),
+        latent_shape=_latent_shape(teacher),
         count=config.trajectories,
         substeps=config.teacher_substeps,
         seed=config.seed,
@@ -106,18 +112,52 @@ def _trajectory(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
     _write(out / FOLDER["trajectory"], made, teacher, trained)
 
 
-def _given(pipeline: Distillation, out: Path, teacher: Teacher, proxy: SD3Transformer2DModel, seed: int) -> distribution.Given:
-    stored = _stored(pipeline, out, teacher)
-    return distribution.Given(proxy, teacher.velocity, stored, teacher.encode, prompts.source(pipeline.prompts, seed))
+def given(pipeline: Distillation, out: Path, teacher: Teacher, proxy: SD3Transformer2DModel, seed: int) -> distribution.Given:
+    """What a refinement learns from and is watched with; the trajectories are made now if they are not there."""
+    stored, watched = _stored(pipeline, out, teacher), held_out(pipeline, out, teacher)
+    prompt_at = prompts.source(pipeline.prompts, seed)
+    return distribution.Given(proxy, teacher.velocity, stored, teacher.encode, prompt_at, watched)
+
+
+def held_out(pipeline: Distillation, out: Path, teacher: Teacher) -> watch.HeldOut | None:
+    """Teacher trajectories of held-out prompts, against which the student's health is judged."""
+    config = pipeline.distribution.health
+    if config.looks == 0:
+        return None
+    texts = prompts.held_out(pipeline.prompts, config.prompts)
+    count, folder = len(texts) * config.seeds, out / "held_out"
+    trajectories.write(
+        folder,
+        teacher.velocity,
+        teacher.encode,
+        lambda k: texts[k // config.seeds],
+        grid=pipeline.grid,
+        latent_shape=_latent_shape(teacher),
+        count=count,
+        substeps=pipeline.trajectory.teacher_substeps,
+        seed=pipeline.trajectory.seed + HELD_OUT_SEED,
+        title="held-out trajectories",
+    )
+    stored = trajectories.read(folder, count, pipeline.grid)
+
+    def decode(x0: Tensor) -> NDArray[np.uint8]:
+        return to_uint8(sd3.decode(teacher.pipe, x0))
+
+    return watch.HeldOut(stored, teacher.encode(stored.prompts), config.seeds, decode, out / "health")
+
+
+def _latent_shape(teacher: Teacher) -> tuple[int, int, int]:
+    network = teacher.pipe.transformer.config
+    return network.in_channels, network.sample_size, network.sample_size
 
 
 def _distribution(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
     config, first = pipeline.distribution, out / FOLDER["trajectory"]
     parent = artifact.read(first, "student_trajectory")
     with timed(out, "distribution"):
-        given = _given(pipeline, out, teacher, teacher.pipe.transformer, config.seed)
+        learned_from = given(pipeline, out, teacher, teacher.pipe.transformer, config.seed)
         start = sd3.load(first).transformer
-        trained, proxy = distribution.run(config, start, given, out / "work" / "distribution", out / METRICS)
+        trained, proxy = distribution.run(config, start, learned_from, out / "work" / "distribution", out / METRICS)
     with whole_folder(out / PROXY) as partial:
         proxy.save_pretrained(partial)
     made = _record(
@@ -146,9 +186,9 @@ def _split(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
         )
     proxy = SD3Transformer2DModel.from_pretrained(out / PROXY, local_files_only=True)
     with timed(out, "split"):
-        given = _given(pipeline, out, teacher, proxy, config.seed)
+        learned_from = given(pipeline, out, teacher, proxy, config.seed)
         start = sd3.load(before).transformer
-        made = split.run(config, pipeline.distribution, start, given, out / "work" / "split", out / METRICS)
+        made = split.run(config, pipeline.distribution, start, learned_from, out / "work" / "split", out / METRICS)
     kinds: dict[str, artifact.Kind] = {split.LOW: "student_low", split.HIGH: "student_high"}
     for name, network in made.items():
         images = _whole(config.images, pipeline.distribution.batch)

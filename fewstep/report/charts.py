@@ -17,7 +17,7 @@ from fewstep.report.numbers import label
 matplotlib.use("Agg")
 
 # Stand-ins that matplotlib accepts, replaced by the variables they are named after.
-INK, MUTED, LINE, ACCENT, SECOND, THIRD, PAPER = (f"#0102{i:02x}" for i in range(7))
+INK, MUTED, LINE, ACCENT, SECOND, THIRD, PAPER, GOOD, BAD = (f"#0102{i:02x}" for i in range(9))
 VARIABLES = {
     INK: "--ink",
     MUTED: "--muted",
@@ -26,6 +26,8 @@ VARIABLES = {
     SECOND: "--second",
     THIRD: "--third",
     PAPER: "--paper",
+    GOOD: "--good",
+    BAD: "--bad",
 }
 SERIES = (ACCENT, SECOND, THIRD, MUTED)
 MOST_CURVES = 4
@@ -106,6 +108,37 @@ def curves(stage: str, rows: Sequence[Mapping[str, Any]]) -> str:
         if len(values) > 1 or "loss" not in values:
             axes.legend(fontsize=8, labelcolor=MUTED)
         return _svg(figure, f"curve-{stage}", f"Losses of stage {stage}")
+
+
+def health(looks: Sequence[Mapping[str, Any]], bands: Mapping[str, tuple[float, float]], stage: str) -> str:
+    """A small chart of every figure over the looks of a stage, on the band of healthy runs; empty without figures.
+
+    Args:
+        looks: rows of `health.jsonl`, of this stage only.
+        bands: lowest and highest healthy value of a figure; some figures have none.
+        stage: name as logged.
+    """
+    names = [n for n in dict.fromkeys(k for r in looks for k in r) if n not in ("stage", "images")]
+    if not names:
+        return ""
+    columns = 4
+    lines = -(-len(names) // columns)
+    with matplotlib.rc_context(STYLE | {"ytick.labelcolor": MUTED, "axes.titlesize": 9}):
+        figure = Figure(figsize=(9.2, 1.5 * lines), layout="constrained")
+        for place, name in enumerate(names):
+            axes = figure.add_subplot(lines, columns, place + 1)
+            shown = [(r["images"], r[name]) for r in looks if name in r]
+            images, values = zip(*shown, strict=True)
+            sick = name in bands and not bands[name][0] <= values[-1] <= bands[name][1]
+            if name in bands:
+                axes.axhspan(*bands[name], color=GOOD, alpha=0.15, lw=0)
+            axes.plot(images, values, color=BAD if sick else ACCENT, lw=1.8, marker="o", ms=3)
+            axes.set_title(name.replace("_", " "), fontweight="bold" if sick else "normal")
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x >= 1000 else f"{x:g}")
+            axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(3))
+            axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(3))
+            axes.tick_params(labelsize=8)
+        return _svg(figure, f"health-{stage}", f"Health of stage {stage}")
 
 
 def diversity(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from fewstep.engine.log import clock, read_metrics
 from fewstep.evaluate import outcomes
-from fewstep.report import charts, numbers
+from fewstep.report import charts, condition, numbers
 from fewstep.report.numbers import CEILING, DISTRIBUTION, TRAJECTORY, baseline_of, label, percent, points
 from fewstep.worlds.shapes.grammar import TASKS
 
@@ -44,7 +44,7 @@ def write(run_dir: Path, collected: Mapping[str, Any], run_info: Mapping[str, An
         ValueError: the arms do not make a report (see `numbers.build`).
         FileNotFoundError: images of an arm are missing.
     """
-    data = numbers.build(collected, run_info)
+    data = numbers.build(collected, run_info) | {"health": condition.read(run_dir)}
     page = html(data, collected["arms"], run_dir)
     _write(run_dir / "report.json", json.dumps(data, indent=1, allow_nan=False))
     _write(run_dir / "report.html", page)
@@ -77,6 +77,7 @@ def html(data: Mapping[str, Any], arms: Mapping[str, outcomes.Outcome], run_dir:
         failures_shown=min(failed, FAILURES),
         scores=Markup(charts.scores(overall, student)),
         variety=Markup(charts.diversity(data["diversity"], shown)),
+        health=[_marked(condition.show(run_dir, record)) for record in data["health"]],
         curves=[Markup(svg) for svg in stage_curves(run_dir / "metrics.jsonl")],
         ceiling=CEILING,
     )
@@ -163,6 +164,10 @@ def stage_curves(metrics: Path) -> Iterator[str]:
         svg = charts.curves(stage, [r for r in rows if r["stage"] == stage])
         if svg:
             yield svg
+
+
+def _marked(record: dict[str, Any]) -> dict[str, Any]:
+    return record | {"chart": Markup(record["chart"])}
 
 
 def _in_turn(results: Sequence[Mapping[str, Any]], chosen: Sequence[int], most: int) -> list[int]:

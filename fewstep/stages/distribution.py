@@ -28,7 +28,7 @@ from fewstep.flow import Velocity, interpolate
 from fewstep.models import roles, sd3
 from fewstep.objectives import distribution, proxy
 from fewstep.solvers import Trajectory, renoising_rollout, rollout
-from fewstep.stages import adversary
+from fewstep.stages import adversary, watch
 from fewstep.stages.adversary import Adversary
 from fewstep.stages.matching import Config
 from fewstep.stages.trajectory import update as trajectory_update
@@ -48,6 +48,7 @@ class Given:
         stored: teacher trajectories, for trajectory guidance and as what heads take for real.
         encode: prompts to conditions.
         prompt_at: prompt of sample k.
+        held_out: what the student is looked at with as it learns; None never looks.
     """
 
     proxy: SD3Transformer2DModel
@@ -55,6 +56,7 @@ class Given:
     stored: trajectories.Trajectories
     encode: trajectories.Encode
     prompt_at: trajectories.PromptAt
+    held_out: watch.HeldOut | None = None
 
 
 def turns(grid: tuple[float, ...], branch_at: Callable[[float], str]) -> list[int]:
@@ -94,8 +96,8 @@ def student_rollout(
 
 def proxy_update(
     network: SD3Transformer2DModel, path: Trajectory, cond: TextCond, config: Config, rows: range, number: int
-) -> Tensor:
-    """The proxy's loss on a rollout of the student, scalar; gradient reaches the proxy alone.
+) -> tuple[Tensor, Tensor]:
+    """The proxy's losses on a rollout of the student, (B,), and their times (B,); gradient reaches the proxy alone.
 
     `number` counts the proxy's updates within one of the student: each has its own times, steps and noise.
     """
@@ -108,7 +110,7 @@ def proxy_update(
     eps, u = noise.normal(shape, **at(1)), noise.uniform((), **at(2))
     steps = noise.integers(0, len(path.v), **at(3))
     given = proxy.pair(config.proxy_target, path, steps, t, eps, u, config.proxy_spread)
-    return proxy.loss(sd3.velocity(network, fast_dtype()), given, cond).mean()
+    return proxy.loss(sd3.velocity(network, fast_dtype()), given, cond), given.tau
 
 
 def student_update(
@@ -239,17 +241,31 @@ def refine(
     Raises:
         ValueError: for a budget below one step, or a checkpoint of another stage.
         FloatingPointError: when a loss is not finite.
+        health.Sick: the run is sick, and `health.action` is "stop".
     """
     state = begin(config, starts, branch_at, given)
+    student = branched(state.students, branch_at)
+    watcher = watch.Watcher(config, given.held_out, stage, work, metrics)
+
+    def step(seen: int) -> dict[str, float]:
+        figures = update(state, config, given, seen)
+        watcher.record.add(figures)
+        return figures
+
+    def look(seen: int) -> bool:
+        against = sd3.velocity(state.proxy, fast_dtype())
+        return watcher.look(seen, state.students, state.averages, student, against, given.teacher)
+
     train(
-        lambda seen: update(state, config, given, seen),
-        state.parts(),
+        step,
+        state.parts() | {"health": watcher.record},
         stage=stage,
         total_images=config.images - config.images % config.batch,
         images_per_step=config.batch,
         work=work,
         metrics=metrics,
-        log_every=4,
+        log_every=1,  # grid steps take turns: every fourth row would show one of them alone
+        look=look,
     )
     for name, network in state.students.items():
         state.averages[name].copy_to({"student": network})
@@ -328,10 +344,10 @@ def update(state: State, config: Config, given: Given, seen: int) -> dict[str, f
     path = student_rollout(state, config, given.stored.x.shape[2:], grid, cond, rows)
     figures: dict[str, Tensor] = {}
     for number in range(config.proxy_updates):
-        learned = proxy_update(state.proxy, path, cond, config, rows, number)
-        learned.backward()
+        learned, times = proxy_update(state.proxy, path, cond, config, rows, number)
+        learned.mean().backward()
         state.proxy_optimizer.step(seen, config.images)
-        figures["proxy_loss"] = learned.detach()
+        figures |= by_time(learned.detach(), times)
     i = state.order[(seen // config.batch) % len(state.order)]
     name = state.branch_at(grid[i])
     student = state.students[name]
@@ -351,16 +367,27 @@ def update(state: State, config: Config, given: Given, seen: int) -> dict[str, f
             state.proxy_optimizer.step(seen, config.images)
         loss = loss + config.adversary.weight * adversarial_loss.mean()
         figures |= of_heads
+        figures["heads"] = (of_heads["heads_real"] + of_heads["heads_fake"]) / 2
     loss.backward()
     norm = state.optimizers[name].step(seen, config.images)
     state.averages[name].update(seen, config.batch)
     if config.ida < 1:
         roles.align(state.proxy, student, config.ida)
+    moved = matched.tau * matched.direction.abs().flatten(1).mean(1) / matched.normaliser
     figures |= {
-        "direction": matched.direction.abs().mean(),
-        "normaliser": matched.normaliser.mean(),
+        f"direction_{i}": matched.direction.abs().mean(),
+        f"normaliser_{i}": matched.normaliser.mean(),
+        f"move_{i}": moved.mean(),
+        "clipped": (matched.normaliser <= config.normaliser_floor).float().mean(),
         "grad_norm": norm,
         "sample_mean": path.x[-1].mean(),
         "sample_std": path.x[-1].std(),
     }
     return {key: float(value) for key, value in figures.items()}
+
+
+def by_time(losses: Tensor, times: Tensor) -> dict[str, Tensor]:
+    """The proxy's mean loss, and the same by thirds of t; a third without samples is left out."""
+    third = (3 * times).long().clamp(max=2)
+    parts = {f"proxy_loss_{name}": losses[third == k] for k, name in enumerate(("low", "mid", "high"))}
+    return {"proxy_loss": losses.mean(), **{name: part.mean() for name, part in parts.items() if len(part)}}

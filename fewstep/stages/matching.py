@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+from fewstep.engine import health
 from fewstep.engine.optim import Optim
 from fewstep.objectives import proxy
 from fewstep.objectives.distribution import PRESETS, Switches
@@ -36,6 +37,7 @@ class Config(Switches):
         ema_half_life_images: of the student's average, which is what the stage hands on.
         seed: of noise, prompts and order.
         adversary: heads on the proxy's features.
+        health: how the refinement is watched.
         optim: the student's optimiser.
         proxy_optim: the proxy's.
     """
@@ -57,6 +59,7 @@ class Config(Switches):
     ema_half_life_images: float = 1_000.0
     seed: int = 2
     adversary: adversary.Config = field(default_factory=adversary.Config)
+    health: health.Config = field(default_factory=health.Config)
     optim: Optim = field(default_factory=lambda: Optim(lr=5e-5, betas=(0.0, 0.999), warmup_images=320, final_lr_ratio=0.1))
     proxy_optim: Optim = field(default_factory=lambda: Optim(lr=2e-4, betas=(0.0, 0.999), warmup_images=320))
 

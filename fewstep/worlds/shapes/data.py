@@ -68,14 +68,18 @@ def write_latents(vae: AutoencoderKL, count: int, seed: int, folder: Path, worke
     captions: list[str] = []
     progress = Progress("latents", count)
     vae = vae.to(memory_format=torch.channels_last).eval()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # its threads would wait for each other while the workers have the cores
     with ProcessPoolExecutor(workers) as pool, torch.no_grad():
         for texts, images in pool.map(_pairs, jobs):
             rows = slice(len(captions), len(captions) + len(texts))
-            with autocast():
-                posterior = vae.encode(to_pixels(images).contiguous(memory_format=torch.channels_last)).latent_dist
-            mean[rows] = (posterior.mean.float() - vae.config.shift_factor) * vae.config.scaling_factor
+            with autocast():  # in small batches, which stay in a CPU's cache: twice as fast
+                chunks = to_pixels(images).contiguous(memory_format=torch.channels_last).split(16)
+                means = torch.cat([vae.encode(chunk).latent_dist.mean.float() for chunk in chunks])
+            mean[rows] = (means - vae.config.shift_factor) * vae.config.scaling_factor
             captions += texts
             progress.show(len(captions))
+    torch.set_num_threads(threads)
     progress.close()
     save_file({"mean": mean}, folder / "latents.safetensors")
     partial = done.with_suffix(".partial")

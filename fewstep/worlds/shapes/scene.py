@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-WORLD_VERSION = 2  # enters every data hash: raise it when scenes, pixels or captions change
+WORLD_VERSION = 3  # enters every data hash: raise it when scenes, pixels or captions change
 CANVAS = 64
 
 Shape = Literal["circle", "square", "triangle", "cross"]
@@ -38,9 +38,10 @@ RGB: dict[Color, tuple[int, int, int]] = {
 BACKGROUND_RGB = (226, 226, 226)
 
 RADIUS: dict[Size, float] = {"small": 7.0, "large": 12.0}
-# Centres lie on a lattice, the autoencoder's. With free positions and radii a teacher of this size spends what it can
-# learn in an hour on drawing edges anywhere, and nothing is left for what a caption says (docs/LOG.md, 2026-11-24).
-PITCH = 8
+# Centres lie on the nine points where four patches of the transformer meet. With free positions a teacher of this size
+# spends what it can learn in an hour on drawing edges anywhere and on finding things in noise, and nothing is left for
+# what a caption says (docs/LOG.md, 2026-11-24).
+PITCH = 16
 MARGIN = 0.5  # pixels kept free between a circle and the edge of the canvas
 SQUARE_REACH = 1.22  # a square's corner reaches 1.22 radii; two base corners of triangles, 1.39, rarely meet
 GAP = 2.0  # pixels kept free between the circumscribed circles of two objects
@@ -90,14 +91,14 @@ def place(
         wanted: one entry per object, at most five.
         rng: numpy generator; the scene is a function of its state.
         relation: if given, object 0 is clearly `relation` object 1.
-        tries: rejection-sampling budget for one set of attributes.
+        tries: rejection-sampling budget; twenty for the place of one object, then attributes are drawn anew, too.
 
     Raises:
         ValueError: if the objects do not fit.
     """
-    for _ in range(20):
+    for _ in range(tries // 20):
         objects = [_attributes(w, rng) for w in wanted]
-        placed = _positions([o.radius for o in objects], rng, tries // 20)
+        placed = _positions([o.radius for o in objects], rng, 20)
         if placed is None:
             continue
         scene = [Object(o.shape, o.color, o.size, x, y, o.radius) for o, (x, y) in zip(objects, placed, strict=True)]
