@@ -145,18 +145,17 @@ def test_full_disks_of_libraries_written_in_rust_are_os_errors(tmp_path: Path, k
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_states_of_optimisers_have_numbers_for_keys(tmp_path: Path, name: Any) -> None:
+def test_states_of_optimisers_have_numbers_for_keys(tmp_path: Path) -> None:
     def make() -> tuple[nn.Module, Optimizer]:
         torch.manual_seed(0)
         network = nn.ModuleDict({"block": nn.Linear(4, 4), "out": nn.Linear(4, 2)})
-        return network, Optimizer(network.named_parameters(), Optim(name=name, lr=0.1))
+        return network, Optimizer(network.named_parameters(), Optim(lr=0.1))
 
     network, optimizer = make()
     network["out"](network["block"](torch.ones(1, 4))).sum().backward()
     optimizer.step(0, 10)
     before = optimizer.state_dict()
-    assert all(isinstance(k, int) for part in before["parts"] for k in part)
+    assert before["adamw"] and all(isinstance(k, int) for k in before["adamw"])
     save(tmp_path, {"optimizer": optimizer}, 1)
     _, other = make()
     restore(tmp_path, {"optimizer": other})

@@ -1,13 +1,11 @@
-"""The learning rate by images, who gets Muon, and exact state."""
+"""The learning rate by images, what decays, and exact state."""
 
 from __future__ import annotations
 
 import copy
-from typing import Literal
 
 import pytest
 import torch
-from tiny import tiny_pipe
 from torch import nn
 
 from fewstep.engine.checkpoint import pack, unpack
@@ -25,23 +23,10 @@ def test_learning_rate_warms_up_linearly_then_falls_by_a_cosine() -> None:
     assert {lr_at(Optim(lr=2.0), seen, 1000) for seen in (0, 500, 1000)} == {2.0}
 
 
-def test_muon_gets_the_matrices_of_blocks_and_nothing_else() -> None:
-    transformer = tiny_pipe().transformer.requires_grad_(True)
-    named = dict(transformer.named_parameters())
-    optimizer = Optimizer(named.items(), Optim(name="muon"))
-    adamw, muon = ([p for g in part.param_groups for p in g["params"]] for part in optimizer.parts)
-    chosen = {id(p) for p in muon}
-    assert {n for n, p in named.items() if id(p) in chosen} == {
-        n for n, p in named.items() if n.startswith("transformer_blocks.") and p.ndim == 2
-    }
-    assert len(adamw) + len(muon) == len(named)
-    assert len(Optimizer(named.items(), Optim()).parts) == 1
-
-
 def test_only_matrices_decay() -> None:
     network = nn.Linear(3, 2)
     optimizer = Optimizer(network.named_parameters(), Optim(weight_decay=0.5))
-    decays = {p.ndim: g["weight_decay"] for g in optimizer.parts[0].param_groups for p in g["params"]}
+    decays = {p.ndim: g["weight_decay"] for g in optimizer.adamw.param_groups for p in g["params"]}
     assert decays == {2: 0.5, 1: 0.0}
 
 
@@ -54,9 +39,8 @@ def test_gradients_are_clipped_to_the_norm_that_is_returned_unclipped() -> None:
     assert float(network.weight.detach()) == pytest.approx(start - 0.1, rel=1e-4)  # Adam's first step is the learning rate
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_state_round_trip_is_exact(name: Literal["adamw", "muon"]) -> None:
-    config = Optim(name=name, lr=0.05, betas=(0.9, 0.99), warmup_images=3, final_lr_ratio=0.1)
+def test_state_round_trip_is_exact() -> None:
+    config = Optim(lr=0.05, betas=(0.9, 0.99), warmup_images=3, final_lr_ratio=0.1)
     torch.manual_seed(0)
     network = nn.ModuleDict({"block": nn.Linear(8, 8), "out": nn.Linear(8, 4)})
     optimizer, data = Optimizer(network.named_parameters(), config), torch.randn(6, 8)

@@ -2,15 +2,20 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from PIL import Image
 
+from fewstep.engine.config import to_dict
 from fewstep.evaluate import outcomes
 from fewstep.evaluate.protocol import shapes_protocol
-from fewstep.report import charts, numbers, page
+from fewstep.recipes.pipeline import build
+from fewstep.report import charts, condition, numbers, page
 from fewstep.report.numbers import CEILING, baseline_of, label, percent, points, sentences
 from fewstep.stages.evaluate import seen, true_scene
 from fewstep.worlds.shapes.grammar import TASKS
@@ -309,3 +314,40 @@ def test_words() -> None:
     assert [points(d) for d in (0.0321, -0.0004, -0.051, 0.0)] == ["+3.2", "0.0", "−5.1", "0.0"]
     assert percent(0.7834) == "78.3 %"
     assert label("teacher_2_guided") == "teacher, 2 steps, guided" and label("something") == "something"
+
+
+def watched(folder: Path, lag: float) -> Path:
+    """A run whose proxy lags by `lag` at its last two looks."""
+    rows = [
+        {"stage": "distribution", "images": 100 * i, "proxy_lag": lag, "drift": 0.0, "spread": 1.0, "trajectory": 0.1 / (1 + i)}
+        for i in range(3)
+    ]
+    (folder / condition.PICTURES).mkdir(parents=True)
+    (folder / condition.LOG).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / condition.RESOLVED).write_text(yaml.safe_dump(to_dict(build("shapes_4step"))))
+    for images in (0, 200):
+        Image.new("RGB", (64, 24)).save(folder / condition.PICTURES / f"distribution-{images:07d}.png")
+    return folder
+
+
+def test_health_says_what_is_wrong_and_shows_first_and_last_look(data: dict, run_dir: Path, tmp_path: Path) -> None:
+    (sick,), (well,) = (condition.read(watched(tmp_path / str(lag), lag)) for lag in (1.3, 0.8))
+    assert [text.split(":")[0] for text in sick["verdicts"]] == ["proxy lags"] and well["verdicts"] == []
+    figures = {f["name"]: f for f in sick["figures"]}
+    assert figures["proxy_lag"]["healthy"] is False and figures["spread"]["healthy"] is True
+    assert figures["trajectory"]["healthy"] is None and figures["trajectory"]["first"] == 0.1
+    shown = condition.show(tmp_path / "1.3", sick)
+    assert [p["images"] for p in shown["pictures"]] == [0, 200] and shown["chart"].startswith("<svg")
+    assert condition.read(run_dir) == []  # a run that was not watched
+
+
+def test_the_page_shows_health_where_there_is_any(run_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run_dir, folder)
+    plain = page.write(folder, collect(random_arms()), {}).read_text()
+    watched(folder / "w", 1.3)
+    for path in (folder / "w").iterdir():
+        shutil.move(path, folder / path.name)
+    text = page.write(folder, collect(random_arms()), {}).read_text()
+    assert "Was the refinement healthy?" in text and "proxy lags" in text and "Was the refinement healthy?" not in plain
+    assert json.loads((folder / "report.json").read_text())["health"][0]["verdicts"]

@@ -247,7 +247,7 @@ def test_a_joint_adversary_reaches_the_proxy(world: World) -> None:
         config = replace(CONFIG, adversary=replace(HEADS, joint=joint))
         state = distribution.begin(config, {"student": world.pipe.transformer}, lambda t: "student", given(world))
         distribution.update(state, config, given(world), 0)
-        first = next(iter(state.proxy_optimizer.parts[0].state.values()))
+        first = next(iter(state.proxy_optimizer.adamw.state.values()))
         steps.append(int(first["step"]))
     assert steps == [CONFIG.proxy_updates, CONFIG.proxy_updates + 1]
 

@@ -159,6 +159,7 @@ SETTINGS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("trajectory",): ("stages.trajectory.Config",),
     ("distribution",): ("stages.matching.Config", "objectives.distribution.Switches"),
     ("distribution", "adversary"): ("stages.adversary.Config",),
+    ("distribution", "health"): ("engine.health.Config",),
     ("split",): ("stages.split.Config",),
     ("merge",): ("stages.merge.Config",),
     ("teacher",): ("stages.teacher.Config",),

@@ -54,7 +54,7 @@ def train(
         raise ValueError(f"{stage}.images = {total_images} is less than one step of {images_per_step} images")
     seen = checkpoint.restore(work, parts)
     log, progress = Metrics(metrics, stage, seen), Progress(stage, total_images, seen)
-    saved = time.monotonic()
+    saved, saved_at = time.monotonic(), seen
     note = ""
     ended = look is not None and look(seen)
     while seen < total_images and not ended:
@@ -73,6 +73,8 @@ def train(
         ended = look is not None and look(seen)
         if time.monotonic() - saved > checkpoint_every_s and seen < total_images:
             checkpoint.save(work, parts, seen)
-            saved = time.monotonic()
+            saved, saved_at = time.monotonic(), seen
+    if seen >= total_images and saved_at < seen:  # whoever is killed before the artefact is whole need not train again
+        checkpoint.save(work, parts, seen)
     progress.close(note)
     return seen

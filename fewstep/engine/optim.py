@@ -1,11 +1,11 @@
-"""Optimisers and the learning-rate schedule, both counted in images."""
+"""AdamW and the learning-rate schedule, counted in images."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,7 @@ class Optim:
     """How a network is optimised.
 
     Attributes:
-        name: "adamw", or "muon": orthogonalised momentum for the matrices inside blocks, AdamW for all else.
-        lr: peak learning rate; Muon's update is scaled to AdamW's size, so one number serves both.
+        lr: peak learning rate.
         betas: AdamW's moments.
         weight_decay: decoupled, on matrices only.
         clip_norm: gradients are scaled down to this global norm.
@@ -25,7 +24,6 @@ class Optim:
         final_lr_ratio: the learning rate at the end, relative to the peak (cosine in between); 1 keeps it flat.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-4
     betas: tuple[float, float] = (0.0, 0.999)
     weight_decay: float = 0.0
@@ -43,54 +41,41 @@ def lr_at(config: Optim, images_seen: int, total_images: int) -> float:
 
 
 class Optimizer:
-    """One network's optimiser: AdamW alone, or Muon for block matrices beside AdamW for the rest."""
+    """AdamW on what is trained of one network; matrices decay, vectors do not."""
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: Optim) -> None:
-        trained = [(n, p) for n, p in named if p.requires_grad]
-        hidden = [p for n, p in trained if config.name == "muon" and p.ndim == 2 and "block" in n]
-        chosen = {id(p) for p in hidden}
-        rest = [p for _, p in trained if id(p) not in chosen]
-        groups = [
-            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-        ]
         self.config = config
-        self.parameters = [p for _, p in trained]
-        self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
+        self.parameters = [p for _, p in named if p.requires_grad]
+        groups = [
+            {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        if hidden:
-            self.parts.append(
-                torch.optim.Muon(
-                    hidden, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-                )
-            )
+        self.adamw = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True
+        )
 
     def step(self, images_seen: int, total_images: int) -> Tensor:
         """Clip, set the learning rate, step, clear gradients. Returns the gradient norm before clipping (scalar)."""
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = lr_at(self.config, images_seen, total_images)
-            part.step()
-            part.zero_grad(set_to_none=True)
+        for group in self.adamw.param_groups:
+            group["lr"] = lr_at(self.config, images_seen, total_images)
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
         return norm
 
     def forget(self, parameters: Iterable[nn.Parameter]) -> None:
         """Drop the state of parameters that were re-initialised; the next step starts theirs anew."""
         for parameter in parameters:
-            for part in self.parts:
-                part.state.pop(parameter, None)
+            self.adamw.state.pop(parameter, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """States of the parts; learning rates are recomputed from the images seen, not stored."""
-        return {"parts": [p.state_dict()["state"] for p in self.parts]}
+        """The moments; learning rates are recomputed from the images seen, not stored."""
+        return {"adamw": self.adamw.state_dict()["state"]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore states written by `state_dict`."""
-        for part, saved in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict({"state": saved, "param_groups": part.state_dict()["param_groups"]})
-            for parameter, state in part.state.items():  # fused AdamW pairs elements by memory: same layout, or nonsense
-                for name, value in state.items():
-                    if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        """Restore what `state_dict` gave."""
+        self.adamw.load_state_dict({"state": state["adamw"], "param_groups": self.adamw.state_dict()["param_groups"]})
+        for parameter, moments in self.adamw.state.items():  # fused AdamW pairs elements by memory: same layout, or nonsense
+            for name, value in moments.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

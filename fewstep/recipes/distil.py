@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -62,6 +63,22 @@ def open_teacher(folder: Path) -> Teacher:
 
     network = sd3.velocity(pipe.transformer, fast_dtype())
     return Teacher(record, pipe, encode, guided(network, encode([""]), record.guidance_scale))
+
+
+def check(pipeline: Distillation) -> None:
+    """Refuse what could only fail after the first stages have run.
+
+    Raises:
+        ValueError: no teacher, no prompts, or more heads than the teacher has blocks.
+    """
+    folder, adversary = teacher_folder(pipeline), pipeline.distribution.adversary
+    artifact.read(folder, "teacher")
+    prompts.source(pipeline.prompts, 0)
+    blocks = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))["num_layers"]
+    if adversary.weight > 0 and adversary.heads > blocks:
+        raise ValueError(
+            f"distribution.adversary.heads = {adversary.heads}: a head reads a block of its own, and the teacher has {blocks}"
+        )
 
 
 def run(pipeline: Distillation, out: Path, wanted: Sequence[str]) -> Path | None:

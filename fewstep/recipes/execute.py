@@ -9,8 +9,6 @@ from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
 
-from fewstep.data import prompts
-from fewstep.engine import artifact
 from fewstep.engine.config import to_dict
 from fewstep.recipes import distil, teach
 from fewstep.recipes.layout import RESOLVED
@@ -18,7 +16,7 @@ from fewstep.recipes.pipeline import Distillation, Pipeline, TeacherTraining
 
 
 def claim(pipeline: Pipeline, out: Path) -> None:
-    """Make the run's folder and write the resolved settings, or check that they are the ones it was begun with.
+    """Write the resolved settings into the run's folder, or check that they are the ones it was begun with.
 
     Raises:
         ValueError: when the folder was begun with other settings; names the first that differs.
@@ -33,7 +31,6 @@ def claim(pipeline: Pipeline, out: Path) -> None:
                 "or another --out to start anew"
             )
         return
-    out.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
     partial.replace(path)
@@ -84,10 +81,10 @@ def run(pipeline: Pipeline, out: Path, stage: str | None = None) -> Path | None:
     if stage is not None and stage not in pipeline.stages:
         raise ValueError(f"unknown stage {stage!r} of {pipeline.name}; one of {', '.join(pipeline.stages)}")
     if isinstance(pipeline, Distillation):  # before the folder is claimed with settings that cannot work
-        artifact.read(distil.teacher_folder(pipeline), "teacher")
-        prompts.source(pipeline.prompts, 0)
-    claim(pipeline, out)
+        distil.check(pipeline)
+    out.mkdir(parents=True, exist_ok=True)
     with alone(out):
+        claim(pipeline, out)
         return _run(pipeline, out, stage)
 
 

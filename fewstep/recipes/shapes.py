@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fewstep.grids import STUDENT_GRIDS
 from fewstep.recipes.pipeline import Distillation, TeacherTraining
+from fewstep.stages import evaluate
 
 
 def shapes_4step() -> Distillation:
@@ -18,4 +19,4 @@ def shapes_2step() -> Distillation:
 
 def shapes_teacher() -> TeacherTraining:
     """The bundled teacher itself."""
-    return TeacherTraining(name="shapes_teacher")
+    return TeacherTraining(name="shapes_teacher", evaluate=evaluate.Config(per_task=40, seeds=2))

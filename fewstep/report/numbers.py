@@ -43,7 +43,7 @@ def build(collected: Mapping[str, Any], run_info: Mapping[str, Any]) -> dict[str
 
     Args:
         collected: what `stages.evaluate.run` returns: {"protocol": summary, "arms": {name: outcome}}.
-        run_info: optional "name" (title) and "seconds" ({stage: seconds}).
+        run_info: optional "name" (title), "seconds" ({stage: seconds}) and "health" (see `report.condition.read`).
 
     Raises:
         ValueError: no student or no teacher among the arms, arms of different protocols, or a GenEval task is missing.
@@ -62,6 +62,7 @@ def build(collected: Mapping[str, Any], run_info: Mapping[str, Any]) -> dict[str
         "paired": list(chain.from_iterable(compare(arms[a], arms[b]) for a, b in comparisons(arms))),
         "diversity": variety(arms),
         "role_swap_joint": joint(arms),
+        "health": list(run_info.get("health", [])),
         "changes": changes(arms[student], arms[baseline]),
         "seconds_per_image": {name: arm["seconds_per_image"] for name, arm in arms.items()},
         "protocol": {**collected["protocol"], "text": [*PROTOCOL_TEXT, split_text(split)]},
@@ -216,10 +217,14 @@ def label(name: str) -> str:
     if name in (TRAJECTORY, DISTRIBUTION):
         return f"student, {name.removeprefix('student_')} stage"
     if match := re.fullmatch(r"teacher_(\d+)_(un)?guided", name):
-        return f"teacher, {match[1]} steps, {'no guidance' if match[2] else 'guided'}"
+        return f"teacher, {_steps(match[1])}, {'no guidance' if match[2] else 'guided'}"
     if match := re.fullmatch(r"student_(\d+)", name):
-        return f"student, {match[1]} steps"
+        return f"student, {_steps(match[1])}"
     return name
+
+
+def _steps(count: str) -> str:
+    return "1 step" if count == "1" else f"{count} steps"
 
 
 def split_text(split: str) -> str:

@@ -44,7 +44,7 @@ def write(run_dir: Path, collected: Mapping[str, Any], run_info: Mapping[str, An
         ValueError: the arms do not make a report (see `numbers.build`).
         FileNotFoundError: images of an arm are missing.
     """
-    data = numbers.build(collected, run_info) | {"health": condition.read(run_dir)}
+    data = numbers.build(collected, {**run_info, "health": condition.read(run_dir)})
     page = html(data, collected["arms"], run_dir)
     _write(run_dir / "report.json", json.dumps(data, indent=1, allow_nan=False))
     _write(run_dir / "report.html", page)
