@@ -119,11 +119,17 @@ def test_an_artefact_of_the_wrong_kind(call: Call, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
 
 
+def test_more_heads_than_blocks_are_refused_before_anything_runs(call: Call, teacher_folder: Path, tmp_path: Path) -> None:
+    settings = [*tiny(teacher_folder), "--set", "distribution.adversary.heads=3"]
+    line = refused(call, "run", "shapes_4step", *settings, "--out", "o")
+    assert "distribution.adversary.heads = 3" in line and "the teacher has 2" in line and not (tmp_path / "o").exists()
+
+
 def test_a_teacher_that_lacks_its_networks(call: Call, tmp_path: Path) -> None:
     record = artifact.Artifact("teacher", "r", (1.0, 0.0), 1.0, 12, 1)
     artifact.write(tmp_path / "t", record, lambda at: None)
     line = refused(call, "run", "shapes_4step", "--set", "teacher=t", "--out", "o")
-    assert "t is not a model: model_index.json is missing" in line
+    assert "t is not a model: transformer/config.json is missing" in line and not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("command", ["run", "demo"])
@@ -134,6 +140,7 @@ def test_a_folder_that_cannot_be_written(
     if command == "demo":
         monkeypatch.setattr(distil, "BUNDLED", teacher_folder)
         monkeypatch.setattr(budget, "measure", lambda *_: budget.Speed(1e3, 1e3, 1e3))
+        monkeypatch.setattr(budget, "fit", lambda *_: tiny_recipe(Path("bundled"), 4))
         words = ["demo", "--out", "file/run"]
     else:
         words = ["run", "shapes_4step", *tiny(teacher_folder), "--out", "file/run"]

@@ -69,12 +69,15 @@ def check(pipeline: Distillation) -> None:
     """Refuse what could only fail after the first stages have run.
 
     Raises:
-        ValueError: no teacher, no prompts, or more heads than the teacher has blocks.
+        ValueError: no teacher, or one without its transformer; no prompts; more heads than the teacher has blocks.
     """
     folder, adversary = teacher_folder(pipeline), pipeline.distribution.adversary
     artifact.read(folder, "teacher")
     prompts.source(pipeline.prompts, 0)
-    blocks = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))["num_layers"]
+    config = folder / "transformer" / "config.json"
+    if not config.is_file():
+        raise ValueError(f"{folder} is not a model: transformer/config.json is missing. Give a diffusers pipeline folder")
+    blocks = json.loads(config.read_text(encoding="utf-8"))["num_layers"]
     if adversary.weight > 0 and adversary.heads > blocks:
         raise ValueError(
             f"distribution.adversary.heads = {adversary.heads}: a head reads a block of its own, and the teacher has {blocks}"
