@@ -7,7 +7,8 @@
 
 A cell is one arm, number of steps and training run. All arms of a run start from one student after trajectory guidance
 and get as many student updates; what split and merge would take goes into stage `distribution` where they are left out.
-Everything is measured on report prompts with one set of initial noises.
+An arm without them is compared with the paper's recipe without them. Everything is measured on report prompts with one set
+of initial noises; students trained on re-noised rollouts are sampled so, too.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from typing import Any
 import torch
 from ablation_table import REFERENCE, STUDENT, write_results
 
+from fewstep import noise
 from fewstep.engine import artifact
-from fewstep.engine.config import override
+from fewstep.engine.config import override, to_dict
 from fewstep.engine.log import clock
 from fewstep.engine.precision import fast_dtype
 from fewstep.models import sd3
@@ -33,7 +35,7 @@ from fewstep.recipes.arms import teacher_arms
 from fewstep.recipes.layout import FOLDER
 from fewstep.recipes.pipeline import Distillation, build
 from fewstep.report import page
-from fewstep.solvers import rollout
+from fewstep.solvers import renoising_rollout, rollout
 from fewstep.stages import evaluate, split, watch
 
 TRAJECTORIES, START, REFINED, SPLIT = 1_920, 38_400, 2_560, 640  # teacher trajectories, and student samples of each stage
@@ -68,6 +70,7 @@ ARMS: dict[str, list[str]] = {
     "no_head_refresh": ["distribution.adversary.refresh=0"],
     "no_split": ALONE,
 }
+NOISE = 4242  # seed of fresh noise in re-noised rollouts
 SHARED = "start"  # folder of what all arms of a run start from
 
 
@@ -103,10 +106,12 @@ def run_cell(out: Path, arm: str, steps: int, run: int, quick: bool) -> Path:
     """One cell; its `cell.json` says that it is done. Networks are deleted then, outcomes stay."""
     cell = out / f"{steps}step" / f"run{run}" / arm
     done = cell / "cell.json"
+    pipeline = cell_settings(arm, steps, run, quick)
     if done.exists():
+        if json.loads(done.read_text())["settings"] != json.loads(json.dumps(to_dict(pipeline))):
+            raise SystemExit(f"{cell} was made with other settings: give another --out")
         return done
     begun, start = time.monotonic(), start_of(out, steps, run, quick)
-    pipeline = cell_settings(arm, steps, run, quick)
     link(start, cell, ["trajectories", "held_out", *([] if arm == "no_warm_start" else [FOLDER["trajectory"]])])
     if arm == "trajectory_only":
         stages: list[str] = []
@@ -117,7 +122,8 @@ def run_cell(out: Path, arm: str, steps: int, run: int, quick: bool) -> Path:
         execute.run(pipeline, cell, stage)
     student = cell / FOLDER["trajectory" if arm == "trajectory_only" else "merge"]
     measured = measure(pipeline, cell, student, out / f"{steps}step" / REFERENCE)
-    record = {"arm": arm, "steps": steps, "run": run, "quick": quick, "minutes": (time.monotonic() - begun) / 60, **measured}
+    record = {"arm": arm, "steps": steps, "run": run, "minutes": (time.monotonic() - begun) / 60}
+    record |= {"settings": to_dict(pipeline), **measured}
     partial = done.with_suffix(".partial")
     partial.write_text(json.dumps(record))
     partial.replace(done)
@@ -134,15 +140,22 @@ def measure(pipeline: Distillation, cell: Path, student: Path, reference: Path) 
     """Outcome of a student on the report prompts, and the distance of its states from the teacher's on held-out ones."""
     teacher, made = distil.open_teacher(distil.teacher_folder(pipeline)), artifact.read(student)
     velocity = sd3.velocity(sd3.load(student).transformer, fast_dtype())
-    arm = evaluate.Arm(STUDENT, made.grid, made.guidance_scale, velocity, made.weights)
+    renoise = pipeline.distribution.rollout == "sde"  # sampled as it was trained
+    arm = evaluate.Arm(STUDENT, made.grid, made.guidance_scale, velocity, made.weights, renoise)
     of_teacher = teacher_arms(teacher.pipe, teacher.record, pipeline.teacher_steps, len(pipeline.grid) - 1)
     for arms, folder in (([arm], cell / page.EVALUATION), (of_teacher, reference)):
         evaluate.run(pipeline.evaluate, arms, teacher.pipe, teacher.record.t5_tokens, folder)
     held_out = distil.held_out(pipeline, cell, teacher)
     assert held_out is not None
-    path = rollout(velocity, held_out.stored.x[:, 0], pipeline.grid, held_out.cond)
-    states = [watch.apart(path.x[i], held_out.stored.x[:, i]) for i in range(1, len(pipeline.grid))]
-    return {"marginals": states, "grid": pipeline.grid}
+    x, cond = held_out.stored.x, held_out.cond
+
+    def fresh(i: int) -> torch.Tensor:
+        return noise.normal(x.shape[2:], seed=NOISE, index=range(len(x)), step=i)
+
+    euler = rollout(velocity, x[:, 0], pipeline.grid, cond)
+    path = renoising_rollout(velocity, x[:, 0], pipeline.grid, cond, fresh) if renoise else euler
+    states = [watch.apart(path.x[i], x[:, i]) for i in range(1, len(pipeline.grid))]
+    return {"marginals": states, "grid": pipeline.grid, "renoise": renoise}
 
 
 def main() -> None:
@@ -154,7 +167,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="training runs of each arm")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further cell after this time")
     parser.add_argument("--quick", action="store_true", help="one run of 4 steps with small budgets: ten minutes")
-    parser.add_argument("--write", action="store_true", help="write docs/RESULTS.md from the cells that are done, and stop")
+    parser.add_argument("--write", action="store_true", help="write docs/RESULTS.md from the cells that are done; no cell runs")
     args = parser.parse_args()
     arms, steps = args.arms.split(","), [int(s) for s in args.steps.split(",")]
     unknown = [a for a in arms if a not in ARMS]
@@ -174,7 +187,7 @@ def main() -> None:
                     if spent < 60 * args.minutes:
                         print(f"== {count} steps, run {run}, {arm} ({clock(spent)} so far)", flush=True)
                         run_cell(args.out, arm, count, run, args.quick)
-    write_results(args.out, quick=args.quick)
+    write_results(args.out, publish=args.write and not args.quick)
 
 
 if __name__ == "__main__":

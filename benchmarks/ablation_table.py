@@ -15,13 +15,14 @@ from fewstep.evaluate.statistics import OVERALL, Estimate, over_runs
 from fewstep.report import page
 from fewstep.report.numbers import CEILING, environment
 
-STUDENT, REFERENCE, FULL = "student", "reference", "full"
+STUDENT, REFERENCE = "student", "reference"
+FULL, UNSPLIT = "full", "no_split"  # the paper's recipe, and the same without split and merge
 TEACHER = "teacher_32_guided"
 ROOT = Path(__file__).parents[1]
 RESULTS, DATA = ROOT / "docs" / "RESULTS.md", ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- table: written by benchmarks/ablation.py --write -->", "<!-- end of table -->"
 DRAWS = 2_000
-COLUMNS = ("arm", "runs", "strict", "against full", "geneval", "MMD to teacher", "MMD to truth")
+COLUMNS = ("arm", "runs", "strict", "against", "geneval", "MMD to teacher", "MMD to truth")
 COLUMNS += ("attributes", "variety", "states")
 
 
@@ -48,7 +49,7 @@ def stacked(cells: list[tuple[int, dict[str, Any], Outcome]], scoring: str) -> N
 def row_of(
     arm: str,
     cells: list[tuple[int, dict[str, Any], Outcome]],
-    full: list[tuple[int, dict[str, Any], Outcome]],
+    found: dict[str, list[tuple[int, dict[str, Any], Outcome]]],
     reference: dict[str, Outcome],
 ) -> dict[str, Any]:
     """Everything that the table says of one arm at one number of steps."""
@@ -56,10 +57,16 @@ def row_of(
     scores = {s: over_runs(stacked(cells, s), tasks)[OVERALL] for s in ("strict", "geneval")}
     row: dict[str, Any] = {"arm": arm, "runs": len(cells), "prompts": len(tasks), **{s: e._asdict() for s, e in scores.items()}}
     row["strict_by_task"] = {t: e._asdict() for t, e in over_runs(stacked(cells, "strict"), tasks).items()}
-    shared = [(a, b) for a in cells for b in full if a[0] == b[0]]
-    if arm != FULL and shared:
+    partner = UNSPLIT if UNSPLIT in found and is_unsplit(cells) else FULL
+    shared = [(a, b) for a in cells for b in found.get(partner, []) if a[0] == b[0]]
+    if arm not in (partner, UNSPLIT) and shared:
         mine, theirs = (stacked([pair[k] for pair in shared], "strict") for k in (0, 1))
-        row["against_full"] = over_runs(mine - theirs, tasks)[OVERALL]._asdict()
+        row |= {"partner": partner, "against": over_runs(mine - theirs, tasks)[OVERALL]._asdict()}
+    elif arm == UNSPLIT and FULL in found:
+        pairs = [(a, b) for a in cells for b in found[FULL] if a[0] == b[0]]
+        mine, theirs = (stacked([pair[k] for pair in pairs], "strict") for k in (0, 1))
+        row |= {"partner": FULL, "against": over_runs(mine - theirs, tasks)[OVERALL]._asdict()}
+    row["renoise"] = any(r.get("renoise", False) for _, r, _ in cells)
     of_teacher, ceiling = reference[TEACHER], reference[CEILING]
     prompts = [r["prompt"] for r in ceiling["results"]]
     facts = {"teacher": distances.of_arm(of_teacher), "truth": distances.of_arm(ceiling, truth=True)}
@@ -95,7 +102,7 @@ def results(out: Path) -> dict[str, Any]:
         reference = {p.stem: _load(p) for p in (folder / REFERENCE).glob("*.json")}
         for name, outcome in reference.items():
             found[name] = [(0, {}, outcome)]
-        tables[folder.name] = [row_of(arm, cells, found.get(FULL, []), reference) for arm, cells in found.items()]
+        tables[folder.name] = [row_of(arm, cells, found, reference) for arm, cells in found.items()]
         tables[folder.name].sort(key=lambda r: -r["strict"]["mean"])
         minutes += sum(r.get("minutes", 0.0) for cells in found.values() for _, r, _ in cells)
         asked = reference[TEACHER]
@@ -107,11 +114,17 @@ def _share(e: dict[str, float]) -> str:
     return f"{100 * e['mean']:.1f} ({100 * e['lo']:.1f} to {100 * e['hi']:.1f})"
 
 
-def _points(e: dict[str, float] | None) -> str:
-    if e is None:
+def is_unsplit(cells: list[tuple[int, dict[str, Any], Outcome]]) -> bool:
+    """Whether an arm went without split and merge."""
+    return any(r.get("settings", {}).get("split", {}).get("skip", False) for _, r, _ in cells)
+
+
+def _points(row: dict[str, Any]) -> str:
+    if "against" not in row:
         return "–"
+    e = row["against"]
     text = f"{100 * e['mean']:+.1f} ({100 * e['lo']:+.1f} to {100 * e['hi']:+.1f})".replace("-", "−")
-    return f"**{text}**" if e["lo"] > 0 or e["hi"] < 0 else text
+    return f"{row['partner'].replace('_', ' ')}: " + (f"**{text}**" if e["lo"] > 0 or e["hi"] < 0 else text)
 
 
 def _plain(e: dict[str, float]) -> str:
@@ -127,8 +140,9 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         states = "–" if r["marginals"] is None else ", ".join(f"{1000 * m:.0f}" for m in r["marginals"])
         varied = "–" if r["diversity"] is None else f"{r['diversity']:.2f}"
         trained = "–" if r["arm"] not in _trained(rows) else str(r["runs"])
+        name = r["arm"].replace("_", " ") + (" (re-noised)" if r["renoise"] else "")
         cells = [
-            r["arm"].replace("_", " "), trained, _share(r["strict"]), _points(r.get("against_full")), _share(r["geneval"]),
+            name, trained, _share(r["strict"]), _points(r), _share(r["geneval"]),
             _plain(r["mmd_teacher"]), _plain(r["mmd_truth"]), f"{mean['mean']:.3f}", varied, states,
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
@@ -139,8 +153,11 @@ def _trained(rows: list[dict[str, Any]]) -> set[str]:
     return {r["arm"] for r in rows if r["marginals"] is not None}
 
 
-def write_results(out: Path, quick: bool) -> None:
-    """Write the data, and the tables into `docs/RESULTS.md` between their marks; quick ones go beside the cells."""
+def write_results(out: Path, publish: bool) -> None:
+    """Write data and tables beside the cells; or, to publish, into `benchmarks/results/` and `docs/RESULTS.md`.
+
+    What stands in `docs/RESULTS.md` outside of the marks is left alone.
+    """
     found = results(out)
     if not found["tables"]:
         raise SystemExit(f"{out} holds no cell that is done: run it without --write first")
@@ -151,15 +168,14 @@ def write_results(out: Path, quick: bool) -> None:
         text += [f"{prompts} report prompts x {each} images = {prompts * each} images a run.", ""]
         text += [*table(rows), ""]
     text += [f"All cells together took {found['minutes'] / 60:.1f} hours.", "", END]
-    folder = out if quick else DATA
+    folder = DATA if publish else out
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ablation.json").write_text(json.dumps(found, indent=1) + "\n")
     block = "\n".join(text)
-    if quick or not RESULTS.exists():
-        (out / "table.md").write_text(block + "\n")
-        print(block)
-        return
-    page_text = RESULTS.read_text()
-    before, after = page_text.split(BEGIN)[0], page_text.split(END)[1]
-    RESULTS.write_text(before + block + after)
     print(block)
+    if not publish:
+        (out / "table.md").write_text(block + "\n")
+        return
+    page_text = RESULTS.read_text() if RESULTS.exists() else f"# Results\n\n{BEGIN}\n{END}\n"
+    before, rest = page_text.split(BEGIN)
+    RESULTS.write_text(before + block + rest.split(END)[1])

@@ -4,9 +4,10 @@
     python benchmarks/health_gallery.py --out runs/health --record     # the healthy runs also set the bands
 
 Every run starts from one student of the bundled recipe after trajectory guidance, and takes as many updates. Healthy runs
-differ in their seed, broken ones in one thing each. Bands are what healthy runs showed after the first look, widened on
-either side by half of their range; a run is flagged by the rules of `fewstep.engine.health`, which know nothing of this
-file. `docs/health/` gets a picture, the looks and the verdicts of each run.
+differ in their seed, broken ones in one thing each (two of them leave out trajectory guidance, too, which hides what they
+do; so does a control). Bands are what healthy runs showed after the first look, widened on either side by half of their
+range or a quarter of their size; a run is flagged by the rules of `fewstep.engine.health`, which know nothing of this file.
+`docs/health/` gets a picture, the looks and the verdicts of each run.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from unittest import mock
 import torch
 from PIL import Image
 
+from fewstep.data import prompts
 from fewstep.engine import health
 from fewstep.engine.config import to_dict
 from fewstep.engine.log import read_metrics
@@ -37,6 +39,8 @@ from fewstep.stages import distribution, watch
 
 UPDATES, LOOKS = 96, 4
 HEALTHY = ("healthy_seed_1", "healthy_seed_2", "healthy_seed_3")
+# Two broken runs leave trajectory guidance out, which hides what they do; this one leaves out nothing else.
+CONTROL = "no_trajectory_term"
 BANDS = Path(health.__file__).with_name("health_bands.json")
 GALLERY = Path(__file__).parents[1] / "docs" / "health"
 PICTURE_SCALE = 2
@@ -44,11 +48,12 @@ PICTURE_SCALE = 2
 Given = distribution.Given
 Config = distribution.Config
 Loss = Callable[..., objective.DMResult]
+LOSS: Loss = objective.loss  # kept here, because broken runs put another in its place
 
 
 def flipped(*args: Any) -> objective.DMResult:
     """Distribution matching that drives the student away from the teacher."""
-    made = objective.loss(*args)
+    made = LOSS(*args)
     return replace(made, loss=-made.loss)
 
 
@@ -62,8 +67,10 @@ def at_the_input(
         direction = v_teacher - proxy(x_i, t_i, cond)
         n = (x0 - x0_from_velocity(x_i, v_teacher, t_i)).abs().flatten(1).mean(1).clamp(min=switches.normaliser_floor)
         moved = x0 - expand_t(t_i / n, x0) * direction
+        move = (expand_t(t_i / n, x0) * direction).abs().flatten(1).mean(1)
     loss = 0.5 * (x0 - moved).square().flatten(1).mean(1)
-    return objective.DMResult(loss, x_i + expand_t(t_next - t_i, x_i) * v, t_next.clamp(min=0.02), direction, n)
+    landing = x_i + expand_t(t_next - t_i, x_i) * v
+    return objective.DMResult(loss, landing, t_next.clamp(min=0.02), direction, n, move)
 
 
 @contextmanager
@@ -87,21 +94,21 @@ BROKEN: dict[str, tuple[str, str, Callable[[Config], Config], Callable[[Given], 
         "balance",
         lambda c: replace(c, normaliser="none"),
         lambda g: g,
-        objective.loss,
+        LOSS,
     ),
     "proxy_frozen": (
         "the proxy does not learn",
         "proxy_lag",
         lambda c: replace(c, proxy_optim=replace(c.proxy_optim, lr=0.0)),
         lambda g: g,
-        objective.loss,
+        LOSS,
     ),
     "guidance_15": (
         "the teacher is guided by 15",
         "guidance",
         lambda c: c,
         lambda g: replace(g, teacher=replace(g.teacher, scale=15.0)),
-        objective.loss,
+        LOSS,
     ),
     "read_at_the_input": (
         "teacher and proxy are read where the step starts (reading R2), without trajectory guidance",
@@ -121,7 +128,7 @@ def recipe(trajectories: int, images: int) -> Distillation:
     return replace(made, trajectory=replace(made.trajectory, trajectories=trajectories, images=images), distribution=stage2)
 
 
-def refine(pipeline: Distillation, out: Path, name: str, given: Given, start: Any, loss: Loss = objective.loss) -> None:
+def refine(pipeline: Distillation, out: Path, name: str, given: Given, start: Any, loss: Loss = LOSS) -> None:
     """One run; its looks and pictures lie under `out / name`. Whole ones are kept."""
     folder = out / name
     if (folder / "done").exists():
@@ -147,8 +154,9 @@ def record_bands(out: Path) -> None:
     for figure in health.WORDS:
         values = [look[figure] for name in HEALTHY for look in looks_of(out / name)[1:] if figure in look]
         if values:
-            room = max(0.5 * (max(values) - min(values)), 0.01)
+            room = max(0.5 * (max(values) - min(values)), 0.02, 0.25 * abs(max(values)))
             bands[figure] = [round(min(values) - room, 4), round(max(values) + room, 4)]
+    bands["proxy_lag"][1] = min(bands["proxy_lag"][1], 0.999)  # a proxy that has learned nothing shows exactly 1
     said = f"{len(HEALTHY)} healthy runs of {UPDATES} updates, benchmarks/health_gallery.py --record"
     BANDS.write_text(json.dumps({"recorded": said, "bands": bands}, indent=1) + "\n")
 
@@ -158,7 +166,7 @@ def page(out: Path) -> None:
     GALLERY.mkdir(parents=True, exist_ok=True)
     bands = health.reference()
     lines = [*INTRODUCTION, ""]
-    for name in (*HEALTHY[:1], *BROKEN):
+    for name in (*HEALTHY[:1], CONTROL, *BROKEN):
         looks, settings = looks_of(out / name), json.loads((out / name / "settings.json").read_text())
         verdicts = health.judge(looks, bands, settings["health"]["patience"], settings)
         last = max((out / name / "health").glob("*.png"))
@@ -168,7 +176,8 @@ def page(out: Path) -> None:
         )
         record = {"looks": looks, "settings": settings}
         (GALLERY / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-        title = BROKEN[name][0] if name in BROKEN else "a healthy run"
+        plain = "a healthy run" if name in HEALTHY else "no trajectory guidance, and nothing else: the control"
+        title = BROKEN[name][0] if name in BROKEN else plain
         lines += [f"## {name.replace('_', ' ')}: {title}", "", f"![student, teacher, proxy]({name}.png)", ""]
         lines += [f"- **{v.figure}** {v.value:.3g} (healthy {v.lo:g} to {v.hi:g}): {v.text}" for v in verdicts]
         lines += ["" if verdicts else "Nothing is said of it.\n"]
@@ -188,7 +197,7 @@ INTRODUCTION = (
 
 def table(out: Path, bands: health.Bands) -> list[str]:
     """Figures of the last look, a column for each run; what lies outside of its band is bold."""
-    names = [HEALTHY[0], *BROKEN]
+    names = [HEALTHY[0], CONTROL, *BROKEN]
     rows = ["| figure | healthy | " + " | ".join(n.replace("_", " ") for n in names) + " |", "|---" * (len(names) + 2) + "|"]
     last = {name: looks_of(out / name)[-1] for name in names}
     for figure in health.FIGURES:
@@ -218,7 +227,9 @@ def main() -> None:
     given = distil.given(pipeline, args.out, teacher, teacher.pipe.transformer, pipeline.distribution.seed)
     for seed, name in enumerate(HEALTHY, start=1):
         seeded = replace(pipeline, distribution=replace(pipeline.distribution, seed=100 * seed))
-        refine(seeded, args.out, name, given, start)
+        refine(seeded, args.out, name, replace(given, prompt_at=prompts.source(pipeline.prompts, 100 * seed)), start)
+    without = replace(pipeline, distribution=replace(pipeline.distribution, trajectory_weight=0.0))
+    refine(without, args.out, CONTROL, given, start)
     if args.record:
         record_bands(args.out)
     for name, (_, _, settings, changed, loss) in BROKEN.items():

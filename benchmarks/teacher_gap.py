@@ -28,6 +28,7 @@ from fewstep.recipes.pipeline import BUNDLED
 from fewstep.worlds.shapes.architecture import MAX_TOKENS
 from fewstep.worlds.shapes.data import to_pixels
 from fewstep.worlds.shapes.grammar import parse
+from fewstep.worlds.shapes.prompts import HELD_OUT
 from fewstep.worlds.shapes.render import render
 from fewstep.worlds.shapes.scene import (
     CANVAS,
@@ -67,27 +68,55 @@ def attributes(wanted: Wanted) -> list[tuple[str, str, str]]:
     return [(wanted.shape, color, size) for color in colors for size in sizes]
 
 
+def layouts(radii: list[float], tries: int) -> dict[tuple[tuple[int, int], ...], float]:
+    """Every way to put objects on the lattice one after another, with its probability when each has so many tries."""
+    found: dict[tuple[tuple[int, int], ...], float] = {(): 1.0}
+    for radius in radii:
+        everywhere = list(itertools.product(places(radius), repeat=2))
+        longer: dict[tuple[tuple[int, int], ...], float] = {}
+        for taken, probability in found.items():
+            free = [p for p in everywhere if all(apart(p, q, radius + radii[j]) for j, q in enumerate(taken))]
+            reached = 1 - (1 - len(free) / len(everywhere)) ** tries
+            longer |= {(*taken, p): probability * reached / len(free) for p in free}
+        found = longer
+    return found
+
+
+def apart(p: tuple[int, int], q: tuple[int, int], radii: float) -> bool:
+    """Whether two centres keep their distance."""
+    return hypot(p[0] - q[0], p[1] - q[1]) > SQUARE_REACH * radii + GAP
+
+
 def scenes_of(caption: str) -> tuple[list[Scene], Tensor]:
-    """Every scene that a caption allows, and its probability (N,) in the training distribution."""
+    """Every training scene of a caption, and its probability (N,), as `scene.place` draws it."""
     ask = parse(caption)
     assert ask.relation != "larger than"
     scenes: list[Scene] = []
     weights: list[float] = []
     for chosen in itertools.product(*(attributes(w) for w in ask.objects)):
+        if any((shape, color) in HELD_OUT for shape, color, _ in chosen):
+            continue
         radii = [RADIUS[size] for _, _, size in chosen]  # type: ignore[index]
-        fitting = []
-        for at in itertools.product(*(itertools.product(places(r), repeat=2) for r in radii)):
-            pairs = itertools.combinations(range(len(at)), 2)
-            if any(hypot(*np.subtract(at[i], at[j])) <= SQUARE_REACH * (radii[i] + radii[j]) + GAP for i, j in pairs):
-                continue
-            objects = [
-                Object(shape, color, size, float(x), float(y), r)  # type: ignore[arg-type]
-                for (shape, color, size), (x, y), r in zip(chosen, at, radii, strict=True)
-            ]
-            if ask.relation is None or relation_holds(objects[0], ask.relation, objects[1]):
-                fitting.append(Scene(tuple(objects)))
-        scenes += fitting
-        weights += [1 / len(fitting)] * len(fitting)  # attributes are uniform, places are among those that fit
+        drawn = [
+            (
+                Scene(
+                    tuple(
+                        Object(shape, color, size, float(x), float(y), r)  # type: ignore[arg-type]
+                        for (shape, color, size), (x, y), r in zip(chosen, at, radii, strict=True)
+                    )
+                ),
+                probability,
+            )
+            for at, probability in layouts(radii, 20 if ask.relation is None else 60).items()
+        ]
+        factor = 1.0
+        if ask.relation is not None:  # placed once, then placed anew up to 60 times until the relation holds
+            relation = ask.relation
+            others = sum(p for s, p in drawn if not relation_holds(s.objects[0], relation, s.objects[1]))
+            drawn = [(s, p) for s, p in drawn if relation_holds(s.objects[0], relation, s.objects[1])]
+            factor = sum(layouts(radii, 20).values()) * sum(others**k for k in range(60))
+        scenes += [scene for scene, _ in drawn]
+        weights += [factor * p for _, p in drawn]
     probability = torch.tensor(weights)
     return scenes, probability / probability.sum()
 

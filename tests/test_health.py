@@ -100,8 +100,13 @@ def test_the_record_survives_a_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"looks": -1}, "looks and patience"), ({"patience": 0}, "looks and patience"), ({"seeds": 1}, "prompts and seeds")],
+    [
+        ({"looks": -1}, "looks and patience"),
+        ({"patience": 0}, "looks and patience"),
+        ({"seeds": 1}, "prompts and seeds"),
+        ({"action": "stop", "looks": 0}, "never comes to act"),
+    ],
 )
-def test_settings_out_of_range_are_refused(changes: dict[str, int], message: str) -> None:
+def test_settings_out_of_range_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         health.Config(**changes)  # type: ignore[arg-type]

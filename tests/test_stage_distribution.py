@@ -122,7 +122,7 @@ def test_streams_of_noise_are_apart() -> None:
 
 
 def train(world: World, folder: Path, config: Config) -> nn.Module:
-    return distribution.run(config, world.pipe.transformer, given(world), folder, folder / "m.jsonl")[0]
+    return distribution.run(config, world.pipe.transformer, given(world), folder, folder / "m.jsonl").students["student"]
 
 
 def given(world: World) -> distribution.Given:

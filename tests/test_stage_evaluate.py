@@ -1,5 +1,6 @@
 """The stage: one noise for all arms, the ceiling through the autoencoder, and nothing computed twice."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -146,3 +147,14 @@ def test_what_cannot_work_is_refused(pipe, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="batch"):
         run(Config(batch=0), [arm(pipe)], pipe, MAX_TOKENS, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_re_noised_arm_has_noise_of_its_own_in_every_step_by_address(pipe, tmp_path: Path) -> None:
+    made = []
+    for folder, batch in (("a", 8), ("b", 5)):
+        renoised = replace(arm(pipe), renoise=True)
+        run(Config(per_task=1, seeds=2, batch=batch), [renoised], pipe, MAX_TOKENS, tmp_path / folder)
+        made.append(outcomes.read_images(tmp_path / folder, "student_2").astype(int))
+    run(CONFIG, [arm(pipe)], pipe, MAX_TOKENS, tmp_path / "euler")
+    euler = outcomes.read_images(tmp_path / "euler", "student_2").astype(int)
+    assert np.abs(made[0] - made[1]).max() <= 1 and not np.array_equal(made[0], euler)

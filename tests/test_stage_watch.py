@@ -45,7 +45,8 @@ def watched(world: World, held_out: HeldOut) -> distribution.Given:
 
 
 def train(world: World, held_out: HeldOut, folder: Path, config: distribution.Config) -> Any:
-    return distribution.run(config, world.pipe.transformer, watched(world, held_out), folder, folder / "m.jsonl")
+    state = distribution.run(config, world.pipe.transformer, watched(world, held_out), folder, folder / "m.jsonl")
+    return state.students["student"], state
 
 
 def test_a_student_that_takes_the_teachers_own_steps_shows_no_distance(world: World, held_out: HeldOut) -> None:
@@ -106,16 +107,40 @@ def test_students_hold_their_averages_inside_and_themselves_outside(world: World
     with torch.no_grad():
         student.proj_out.bias.add_(1.0)
     live = [p.detach().clone() for p in student.parameters()]
+    mean = {name: value.clone() for name, value in average.average.items()}
     with watch.averaged({"student": student}, {"student": average}):
         assert torch.equal(student.proj_out.bias, world.pipe.transformer.proj_out.bias.float())
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), live, strict=True))
+    assert all(torch.equal(average.average[name], value) for name, value in mean.items())
+
+
+def test_a_look_takes_no_more_samples_at_once_than_an_update(world: World, held_out: HeldOut) -> None:
+    sizes: list[int] = []
+
+    def velocity(x_t, t, cond):
+        sizes.append(len(x_t))
+        return world.velocity.velocity(x_t, t, cond)
+
+    x, t = world.stored.x[:, 0], torch.ones(32)
+    made = watch.in_chunks(velocity, 12)(x, t, world.cond)
+    assert sizes == [12, 12, 8]
+    torch.testing.assert_close(made, world.velocity.velocity(x, t, world.cond), rtol=1e-3, atol=1e-3)
+
+
+def test_what_has_no_meaning_is_not_measured(world: World, held_out: HeldOut, tmp_path: Path) -> None:
+    """No proxy that learns final samples, no lag; no guidance in the direction, no spread of it."""
+    config = WATCHED.with_preset("implicit_euler")
+    train(world, held_out, tmp_path, replace(config, real_direction="cond"))
+    rows = read_metrics(tmp_path / HEALTH)
+    assert not any({"proxy_lag", "guidance"} & row.keys() for row in rows)
+    assert Image.open(next(held_out.pictures.iterdir())).size == (8 * 8, 2 * 8)
 
 
 def test_looking_leaves_training_as_it_is_and_writes_what_it_sees(world: World, held_out: HeldOut, tmp_path: Path) -> None:
-    seen, proxy = train(world, held_out, tmp_path / "a", WATCHED)
+    seen, state = train(world, held_out, tmp_path / "a", WATCHED)
     log = tmp_path / "b" / "m.jsonl"
-    blind, blind_proxy = distribution.run(WATCHED, world.pipe.transformer, given(world), tmp_path / "b", log)
-    for a, b in ((seen, blind), (proxy, blind_proxy)):
+    blind = distribution.run(WATCHED, world.pipe.transformer, given(world), tmp_path / "b", log)
+    for a, b in ((seen, blind.students["student"]), (state.proxy, blind.proxy)):
         assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     rows = read_metrics(tmp_path / "a" / HEALTH)
     assert [r["images"] for r in rows] == [0, 16, 32] and not (tmp_path / "b" / HEALTH).exists()
@@ -146,11 +171,13 @@ def test_a_sick_run_rolls_back_to_its_best(world: World, held_out: HeldOut, tmp_
     """A learning rate that destroys: the first look is the best, so the student that started comes back."""
     monkeypatch.setattr(health, "reference", lambda: {"drift": (-1.0, 1e-3)})
     config = replace(WATCHED, optim=Optim(lr=0.3), health=health.Config(looks=4, action="roll_back"))
-    student, _ = train(world, held_out, tmp_path, config)
+    student, state = train(world, held_out, tmp_path, config)
+    assert state.images == 0
     pairs = zip(student.parameters(), world.pipe.transformer.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert "rolls back to what it was at 0 images and ends" in capsys.readouterr().err
     assert read_metrics(tmp_path / "m.jsonl")[-1]["images"] < config.images
+    assert read_metrics(tmp_path / HEALTH)[-1]["rolled_back_to"] == 0
 
 
 def test_a_watched_run_resumes_to_the_same_bit_and_does_not_look_twice(world: World, held_out: HeldOut, tmp_path: Path) -> None:

@@ -136,9 +136,12 @@ def test_over_runs_of_one_run_is_the_bootstrap() -> None:
 
 
 def test_over_runs_holds_what_runs_differ_by() -> None:
-    """All prompts agree within a run and runs do not: the interval is that of three numbers drawn with replacement."""
-    right = np.stack([np.full((40, 2), share) for share in (0.0, 0.5, 1.0)])
+    """All prompts agree within a run and runs do not: the deviation of the mean is that of their own over root R."""
+    shares = (0.2, 0.4, 0.5, 0.6, 0.6, 0.8)
+    right = np.stack([np.full((40, 2), share) for share in shares])
     estimate = over_runs(right, ["colors"] * 40)["colors"]
-    assert estimate.mean == 0.5 and (estimate.lo, estimate.hi) == pytest.approx((0.0, 1.0))
+    deviation = np.std(shares, ddof=1) / np.sqrt(len(shares))
+    assert estimate.mean == pytest.approx(np.mean(shares))
+    assert estimate.hi - estimate.lo == pytest.approx(2 * 1.96 * deviation, rel=0.1)
     with pytest.raises(ValueError, match="runs, prompts, seeds"):
         over_runs(right[0], ["colors"] * 40)

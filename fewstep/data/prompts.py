@@ -1,4 +1,4 @@
-"""Prompts by number: of the bundled world, or lines of a text file; and those that training never sees."""
+"""Prompts by number: of the bundled world, or lines of a text file; and those that a run is watched with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def shapes_prompts(seed: int) -> Callable[[int], str]:
 
 
 def file_prompts(path: Path, seed: int) -> Callable[[int], str]:
-    """Prompts from a UTF-8 text file, one a line, empty lines ignored; each pass over the file is shuffled anew.
+    """Prompts from a UTF-8 text file, one a line, empty and repeated lines ignored; each pass over the file is shuffled anew.
 
     Every tenth line is held out (see `held_out`).
 
@@ -42,10 +42,11 @@ def file_prompts(path: Path, seed: int) -> Callable[[int], str]:
 
 
 def held_out(name: str, count: int) -> list[str]:
-    """At most `count` prompts that training does not see.
+    """At most `count` prompts that a run is watched with.
 
-    Selection prompts of the shapes world, tasks in turn; or every tenth line of a text file. A file of fewer than ten
-    lines holds out nothing, and its own lines are given.
+    Selection prompts of the shapes world, tasks in turn (never those of the report; training meets the same requests with
+    other noise); or every tenth line of a text file, which training never sees. A file of fewer than ten lines holds out
+    nothing, and its own lines are given.
 
     Raises:
         ValueError: as in `file_prompts`.
@@ -61,7 +62,8 @@ def held_out(name: str, count: int) -> list[str]:
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"{path} is not a file; `prompts` takes a text file with one prompt a line, or \"shapes\"")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    text = path.read_text(encoding="utf-8")
+    lines = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))  # twice would not be held out
     if not lines:
         raise ValueError(f"{path} holds no prompt; write one a line")
     return lines

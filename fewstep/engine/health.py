@@ -36,6 +36,10 @@ class Config:
     def __post_init__(self) -> None:
         if self.looks < 0 or self.patience < 1:
             raise ValueError(f"looks and patience must be at least 0 and 1, got {self.looks} and {self.patience}")
+        if self.action != "warn" and self.looks + 1 < self.patience:
+            raise ValueError(
+                f"action = {self.action!r} never comes to act: looks = {self.looks} is too few for patience = {self.patience}"
+            )
         if self.prompts < 2 or self.seeds < 2:
             raise ValueError(f"prompts and seeds must be at least 2, got {self.prompts} and {self.seeds}")
 
@@ -203,7 +207,7 @@ class Record:
         """Remember a look; `average` replaces the best one if none came nearer to the teacher."""
         nearest = min((look["marginal_last"] for look in self.looks), default=float("inf"))
         if self.keep_best and figures["marginal_last"] < nearest:
-            self.best = {name: value.clone() for name, value in average.items()}
+            self.best = {name: value.detach().cpu().clone() for name, value in average.items()}
         self.looks.append(dict(figures))
         self._sums, self._counts = {}, {}
 

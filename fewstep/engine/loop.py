@@ -71,7 +71,8 @@ def train(
             note = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         progress.show(seen, note)
         ended = look is not None and look(seen)
-        if time.monotonic() - saved > checkpoint_every_s and seen < total_images:
+        # A stage that a look ended is not saved: resumed, it ends again by the same look.
+        if time.monotonic() - saved > checkpoint_every_s and seen < total_images and not ended:
             checkpoint.save(work, parts, seen)
             saved, saved_at = time.monotonic(), seen
     if seen >= total_images and saved_at < seen:  # whoever is killed before the artefact is whole need not train again

@@ -6,6 +6,7 @@ the mean over many draws. A comparison bootstraps the differences on the same pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -93,7 +94,8 @@ def over_runs(
         values: (runs, prompts, seeds): verdicts, or differences of two recipes' verdicts, run by run.
         tasks, draws, seed, level: as in `bootstrap`.
 
-    With a single run the interval is that of `bootstrap`: it says nothing about training.
+    With a single run the interval is that of `bootstrap`: it says nothing about training. With two or three it says
+    little: a percentile interval cannot know tails that so few runs do not show.
 
     Raises:
         ValueError: `values` is not (runs, prompts, seeds), or not aligned with `tasks`.
@@ -102,7 +104,10 @@ def over_runs(
     if runs.ndim != 3 or len(runs) == 0:
         raise ValueError(f"values must be (runs, prompts, seeds), not {runs.shape}")
     rows, names = np.stack([_prompt_means(run, tasks) for run in runs]), list(dict.fromkeys(tasks))
-    times = resampling(len(rows), draws, seed, RUNS) / len(rows)
+    count = len(rows)
+    # drawing few runs with replacement keeps (R - 1) / R of their variance: what is lost is given back
+    excess = resampling(count, draws, seed, RUNS) / count - 1 / count
+    times = 1 / count + excess * (math.sqrt(count / (count - 1)) if count > 1 else 1.0)
     means: dict[str, float] = {}
     drawn: dict[str, NDArray[np.float64]] = {}
     for stream, name in enumerate(names):

@@ -181,6 +181,7 @@ class DMResult:
         tau: (B,), its time.
         direction: (B, ...), d = v_teacher - v_proxy (or the student's v) at x_tau, detached.
         normaliser: (B,), n, detached.
+        move: (B,), mean absolute gradient at the anchor, times D: |g|, or what pseudo-Huber leaves of it; detached.
         guidance: (B, ...), (scale - 1) (v_pos - v_neg) at its own point, detached; None unless decoupled
             with a scale other than 1.
     """
@@ -190,6 +191,7 @@ class DMResult:
     tau: Tensor
     direction: Tensor
     normaliser: Tensor
+    move: Tensor
     guidance: Tensor | None = None
 
 
@@ -296,8 +298,10 @@ def loss(
         if extra is not None:
             g = g + _move(switches, apart, extra, n)
         moved = at.anchor - g
+        kept = g if switches.huber_c == 0 else g / (g.square() + switches.huber_c**2).sqrt()
+        move = kept.abs().flatten(1).mean(1)
     surrogate = _surrogate(at.anchor - moved, switches.huber_c)
-    return DMResult(surrogate, x_tau=at.x_tau, tau=at.tau, direction=d, normaliser=n, guidance=extra)
+    return DMResult(surrogate, x_tau=at.x_tau, tau=at.tau, direction=d, normaliser=n, move=move, guidance=extra)
 
 
 def _direction(switches: Switches, teacher: Velocity) -> Velocity:

@@ -111,9 +111,11 @@ def fit(pipeline: Distillation, speed: Speed, minutes: float) -> Distillation:
     now = seconds(pipeline, speed)
     watching = now.pop("health")
     health = pipeline.distribution.health
-    if watching > WATCHED * left:
-        health = replace(health, prompts=max(2, int(health.prompts * WATCHED * left / watching)))
-    left -= watching * health.prompts / pipeline.distribution.health.prompts
+    while health.looks > 0 and watching > WATCHED * left:  # fewer looks, not smaller ones: bands hold for their size
+        health = replace(health, looks=health.looks // 2)
+        fewer = replace(pipeline, distribution=replace(pipeline.distribution, health=health))
+        watching = seconds(fewer, speed)["health"]
+    left -= watching
     shared = sum(SHARES[part] for part, took in now.items() if took > 0)  # parts that do nothing leave theirs to others
     scale = {part: SHARES[part] / shared * left / took if took > 0 else 1.0 for part, took in now.items()}
     t, d, e, m = pipeline.trajectory, pipeline.distribution, pipeline.evaluate, pipeline.merge

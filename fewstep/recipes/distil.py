@@ -177,13 +177,11 @@ def _distribution(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
     with timed(out, "distribution"):
         learned_from = given(pipeline, out, teacher, teacher.pipe.transformer, config.seed)
         start = sd3.load(first).transformer
-        trained, proxy = distribution.run(config, start, learned_from, out / "work" / "distribution", out / METRICS)
+        state = distribution.run(config, start, learned_from, out / "work" / "distribution", out / METRICS)
     with whole_folder(out / PROXY) as partial:
-        proxy.save_pretrained(partial)
-    made = _record(
-        "student_distribution", pipeline, teacher, config, parent, images=_whole(config.images, config.batch)
-    )
-    _write(out / FOLDER["distribution"], made, teacher, trained)
+        state.proxy.save_pretrained(partial)
+    made = _record("student_distribution", pipeline, teacher, config, parent, images=state.images)
+    _write(out / FOLDER["distribution"], made, teacher, state.students["student"])
 
 
 def idle(pipeline: Distillation) -> str:
@@ -208,11 +206,10 @@ def _split(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
     with timed(out, "split"):
         learned_from = given(pipeline, out, teacher, proxy, config.seed)
         start = sd3.load(before).transformer
-        made = split.run(config, pipeline.distribution, start, learned_from, out / "work" / "split", out / METRICS)
+        state = split.run(config, pipeline.distribution, start, learned_from, out / "work" / "split", out / METRICS)
     kinds: dict[str, artifact.Kind] = {split.LOW: "student_low", split.HIGH: "student_high"}
-    for name, network in made.items():
-        images = _whole(config.images, pipeline.distribution.batch)
-        record = _record(kinds[name], pipeline, teacher, config, parent, images=images)
+    for name, network in state.students.items():
+        record = _record(kinds[name], pipeline, teacher, config, parent, images=state.images)
         _write(out / FOLDER["split"] / name, record, teacher, network)
 
 

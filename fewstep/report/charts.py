@@ -118,7 +118,7 @@ def health(looks: Sequence[Mapping[str, Any]], bands: Mapping[str, tuple[float, 
         bands: lowest and highest healthy value of a figure; some figures have none.
         stage: name as logged.
     """
-    names = [n for n in dict.fromkeys(k for r in looks for k in r) if n not in ("stage", "images")]
+    names = [n for n in dict.fromkeys(k for r in looks for k in r) if n not in ("stage", "images", "rolled_back_to")]
     if not names:
         return ""
     columns = 4

@@ -18,7 +18,7 @@ LOG, PICTURES, RESOLVED = "health.jsonl", "health", "resolved.yaml"
 def read(run_dir: Path) -> list[dict[str, Any]]:
     """One record for each stage that was looked at, in order; ready for JSON.
 
-    Each holds "stage", "looks" (rows of `health.jsonl`), "verdicts" (sentences at the last look, causes first) and
+    Each holds "stage", "looks" (rows of `health.jsonl`), "verdicts" (sentences, in the order in which they were first said) and
     "figures" ({name, meaning, first, last, lo, hi, healthy}; lo, hi and healthy are None where there is no band).
     """
     rows, bands = read_metrics(run_dir / LOG), health.reference()
@@ -42,11 +42,26 @@ def show(run_dir: Path, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _verdicts(run_dir: Path, looks: list[dict[str, Any]]) -> list[str]:
+    """What was said at each look, each figure once, with the images at which it was first said and whether it still is."""
     resolved = run_dir / RESOLVED
     if not resolved.is_file():
         return []
-    settings = yaml.safe_load(resolved.read_text(encoding="utf-8"))["distribution"]
-    return [v.text for v in health.judge(looks, health.reference(), settings["health"]["patience"], settings)]
+    whole = yaml.safe_load(resolved.read_text(encoding="utf-8"))
+    settings, bands = whole["distribution"], health.reference()
+    if looks[0]["stage"] == "split":
+        for name in ("optim", "proxy_optim"):
+            settings[name]["lr"] *= whole["split"]["lr_scale"]
+    patience = settings["health"]["patience"]
+    said: dict[str, tuple[int, str]] = {}
+    for k, look in enumerate(looks, start=1):
+        now = health.judge(looks[:k], bands, patience, settings)
+        for verdict in now:
+            said.setdefault(verdict.figure, (look["images"], verdict.text))
+    still = {verdict.figure for verdict in now}
+    out = [f"from {n:,} images on" if f in still else f"at {n:,} images, later healthy again" for f, (n, _) in said.items()]
+    texts = [f"{text} ({when})" for (_, text), when in zip(said.values(), out, strict=True)]
+    back = looks[-1].get("rolled_back_to")
+    return [*texts, f"the stage was ended and rolled back to what it was at {back:,.0f} images"] if back is not None else texts
 
 
 def _figures(looks: list[dict[str, Any]], bands: health.Bands) -> list[dict[str, Any]]:

@@ -49,6 +49,8 @@ class Config:
     def __post_init__(self) -> None:
         if not self.weight >= 0:
             raise ValueError(f"weight must not be negative, got {self.weight}; 0 switches the adversary off")
+        if self.weight > 0 and self.heads < 1:
+            raise ValueError(f"heads = {self.heads}: give at least 1, or weight=0, which switches the adversary off")
         if not 0 <= self.refresh <= 1:
             raise ValueError(f"refresh is a probability, got {self.refresh}")
         if self.weight == 0 and self.joint:

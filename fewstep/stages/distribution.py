@@ -202,8 +202,8 @@ def adversarial_update(
 
 def run(
     config: Config, start: SD3Transformer2DModel, given: Given, work: Path, metrics: Path
-) -> tuple[SD3Transformer2DModel, SD3Transformer2DModel]:
-    """Refine a copy of `start`; returns its average, and the proxy as it ended.
+) -> State:
+    """Refine a copy of `start`: its average is `students["student"]` of what is returned, beside the proxy as it ended.
 
     Args:
         config: settings.
@@ -216,8 +216,7 @@ def run(
         ValueError: for a budget below one step, or a checkpoint of another stage.
         FloatingPointError: when a loss is not finite.
     """
-    state = refine(config, {"student": start}, lambda t: "student", given, "distribution", work, metrics)
-    return state.students["student"], state.proxy
+    return refine(config, {"student": start}, lambda t: "student", given, "distribution", work, metrics)
 
 
 def refine(
@@ -256,7 +255,7 @@ def refine(
         against = sd3.velocity(state.proxy, fast_dtype())
         return watcher.look(seen, state.students, state.averages, student, against, given.teacher)
 
-    train(
+    state.images = train(
         step,
         state.parts() | {"health": watcher.record},
         stage=stage,
@@ -267,6 +266,8 @@ def refine(
         log_every=1,  # grid steps take turns: every fourth row would show one of them alone
         look=look,
     )
+    if watcher.rolled_back:
+        state.images = int(watcher.nearest()["images"])
     for name, network in state.students.items():
         state.averages[name].copy_to({"student": network})
         network.requires_grad_(False)
@@ -274,7 +275,7 @@ def refine(
     return state
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class State:
     """All that an update changes, and what it needs to know of the branches.
 
@@ -285,6 +286,7 @@ class State:
         branch_at: which branch owns the step that starts at a time.
         order: grid steps in the order of updates, repeated.
         stored_cond: conditions of the stored trajectories.
+        images: student samples in the updates that the averages have seen; known when `refine` returns.
     """
 
     students: dict[str, SD3Transformer2DModel]
@@ -296,6 +298,7 @@ class State:
     branch_at: Callable[[float], str]
     order: list[int]
     stored_cond: TextCond
+    images: int = 0
 
     def parts(self) -> dict[str, Stateful]:
         """What a checkpoint holds."""
@@ -373,11 +376,11 @@ def update(state: State, config: Config, given: Given, seen: int) -> dict[str, f
     state.averages[name].update(seen, config.batch)
     if config.ida < 1:
         roles.align(state.proxy, student, config.ida)
-    moved = matched.tau * matched.direction.abs().flatten(1).mean(1) / matched.normaliser
+    if i not in config.skip_matching:
+        figures[f"move_{i}"] = matched.move.mean()
     figures |= {
         f"direction_{i}": matched.direction.abs().mean(),
         f"normaliser_{i}": matched.normaliser.mean(),
-        f"move_{i}": moved.mean(),
         "clipped": (matched.normaliser <= config.normaliser_floor).float().mean(),
         "grad_norm": norm,
         "sample_mean": path.x[-1].mean(),

@@ -22,7 +22,7 @@ from fewstep.evaluate.protocol import Protocol, noise_index, shapes_protocol
 from fewstep.flow import Velocity
 from fewstep.guidance import guided
 from fewstep.models import sd3
-from fewstep.solvers import rollout
+from fewstep.solvers import renoising_rollout, rollout
 from fewstep.worlds.shapes.data import to_pixels, to_uint8
 from fewstep.worlds.shapes.detect import Detection, Found, detect
 from fewstep.worlds.shapes.prompts import Prompt, Split, is_held_out, place_ask, training_scene
@@ -61,6 +61,7 @@ class Arm:
         guidance_scale: 1 is off; else every step costs two evaluations.
         velocity: without guidance; None sends true scenes through the autoencoder, the ceiling of every arm.
         fingerprint: names the weights (a hash of the artefact); another one means another outcome.
+        renoise: sample with fresh noise in every step, as DMD2's students are trained and sampled, instead of Euler's.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Arm:
     guidance_scale: float
     velocity: Velocity | None
     fingerprint: str
+    renoise: bool = False
 
     @property
     def nfe(self) -> int:
@@ -198,8 +200,14 @@ def sample(
     index = [noise_index(p, s) for p, s in numbers]
     eps = noise.normal(LATENT, seed=protocol.noise_seed, index=index, step=0).to(conds.pooled.device)
     cond = conds[torch.tensor([p for p, _ in numbers])]
-    x0 = rollout(guided(arm.velocity, conds[len(conds) - 1], arm.guidance_scale), eps, arm.grid, cond).x[-1]
-    return to_uint8(sd3.decode(pipe, x0))
+    velocity = guided(arm.velocity, conds[len(conds) - 1], arm.guidance_scale)
+    if not arm.renoise:
+        return to_uint8(sd3.decode(pipe, rollout(velocity, eps, arm.grid, cond).x[-1]))
+
+    def fresh(i: int) -> torch.Tensor:
+        return noise.normal(LATENT, seed=protocol.noise_seed, index=index, step=1 + i).to(eps)
+
+    return to_uint8(sd3.decode(pipe, renoising_rollout(velocity, eps, arm.grid, cond, fresh).x[-1]))
 
 
 @torch.no_grad()

@@ -68,6 +68,8 @@ class Config(Switches):
         proxy.check(self.switches, self.proxy_target, self.rollout, self.proxy_spread)
         if self.proxy_target != "D" and self.proxy_updates < 1:
             raise ValueError(f"proxy_updates = {self.proxy_updates}: a proxy must learn; give at least 1")
+        if self.proxy_target == "D" and self.proxy_updates > 0:
+            raise ValueError(f"proxy target D trains no proxy: set proxy_updates=0, not {self.proxy_updates}")
         if self.proxy_target == "D" and self.adversary.weight > 0:
             raise ValueError("proxy target D trains no proxy, so heads would read the teacher: set adversary.weight=0")
         if not 0 <= self.ida <= 1:

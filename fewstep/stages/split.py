@@ -92,8 +92,8 @@ def run(
     given: distribution.Given,
     work: Path,
     metrics: Path,
-) -> dict[str, SD3Transformer2DModel]:
-    """Refine two copies of `start`; returns their averages, "low" and "high". SD3.5-Flash, stage 3.
+) -> distribution.State:
+    """Refine two copies of `start`: their averages are the `students` "low" and "high". SD3.5-Flash, stage 3.
 
     Rollouts use the branch that owns each step; one proxy, which goes on from `given.proxy`, serves both.
 
@@ -113,7 +113,6 @@ def run(
     if reason:
         raise ValueError(reason)
     starts = {LOW: start, HIGH: start}
-    state = distribution.refine(
+    return distribution.refine(
         settings(config, stage2), starts, branch_at(config.boundary), given, "split", work, metrics
     )
-    return state.students

@@ -64,6 +64,10 @@ class Config:
         )
     )
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.t5_alone_until < 1:
+            raise ValueError(f"t5_alone_until = {self.t5_alone_until}: give 0 to below 1, CLIP's tokens come after it")
+
 
 def run(config: Config, pipe: StableDiffusion3Pipeline, latents: Path, work: Path, metrics: Path) -> None:
     """Train `pipe` in place: the encoders on captions, then, with those frozen, the transformer, kept averaged.

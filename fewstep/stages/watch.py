@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,29 +56,44 @@ class HeldOut:
 
 @contextmanager
 def averaged(networks: Mapping[str, nn.Module], averages: Mapping[str, EMA]) -> Iterator[None]:
-    """Inside the block the students hold their averages, which is what a stage hands on; outside, what they held before."""
-    parameters = [p for network in networks.values() for p in network.parameters()]
-    before = [p.detach().clone() for p in parameters]
-    for name, network in networks.items():
-        averages[name].copy_to({"student": network})
+    """Inside the block students and averages are exchanged, in place: what a stage hands on is looked at."""
+
+    @torch.no_grad()
+    def exchange() -> None:
+        for name, network in networks.items():
+            for key, parameter in network.named_parameters():
+                average = averages[name].average[f"student.{key}"]
+                kept = parameter.detach().clone()
+                parameter.copy_(average)
+                average.copy_(kept)
+
+    exchange()
     try:
         yield
     finally:
-        with torch.no_grad():
-            for p, value in zip(parameters, before, strict=True):
-                p.copy_(value)
+        exchange()
+
+
+def in_chunks(velocity: Velocity, size: int) -> Velocity:
+    """The same velocity, `size` samples at a time, so that a look takes no more memory than an update."""
+
+    def call(x_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
+        rows = [slice(i, i + size) for i in range(0, len(x_t), size)]
+        return torch.cat([velocity(x_t[r], t[r], cond[r]) for r in rows])
+
+    return call
 
 
 @torch.no_grad()
 def look(
-    held_out: HeldOut, student: Velocity, proxy: Velocity, teacher: Velocity, seed: int
+    held_out: HeldOut, student: Velocity, proxy: Velocity | None, teacher: Velocity, seed: int
 ) -> tuple[dict[str, float], Tensor]:
     """Figures of a student's health, named as in `engine.health`, and its samples (K, 16, H, W).
 
     Args:
         held_out: the teacher's trajectories that it is held against; the student starts from the same noise.
         student: its velocity, all branches in one.
-        proxy: the proxy's.
+        proxy: the proxy's, if it learns the distribution of final samples (target A); else its lag has no meaning.
         teacher: the teacher's, with guidance in it.
         seed: of the noise at which proxy and teacher are asked.
     """
@@ -94,7 +109,8 @@ def look(
     }
     if isinstance(teacher, Guided):
         figures["guidance"] = guidance_spread(teacher, truth[:, 1:-1], grid[1:-1], cond) if len(grid) > 2 else 1.0
-        figures["proxy_lag"] = proxy_lag(proxy, teacher.velocity, x0, cond, seed)
+        if proxy is not None:
+            figures["proxy_lag"] = proxy_lag(proxy, teacher.velocity, x0, cond, seed)
     return figures, x0
 
 
@@ -158,12 +174,14 @@ def proxy_lag(proxy: Velocity, teacher: Velocity, x0: Tensor, cond: TextCond, se
 
 
 @torch.no_grad()
-def strip(held_out: HeldOut, x0: Tensor, proxy: Velocity, path: Path) -> None:
-    """Draw the student's samples, the teacher's and the proxy's from the same latents, one row each, as a PNG."""
+def strip(held_out: HeldOut, x0: Tensor, proxy: Velocity | None, path: Path) -> None:
+    """Draw the student's samples, the teacher's and the proxy's (if any) from the same latents, one row each, as a PNG."""
     truth, cond = held_out.stored.x, held_out.cond
     rows = torch.arange(0, len(truth), held_out.seeds)[:SHOWN]
-    believed = rollout(proxy, truth[rows, 0], shifted_grid(PROXY_STEPS), cond[rows]).x[-1]
-    images = [held_out.decode(x) for x in (x0[rows], truth[rows, -1], believed)]
+    samples = [x0[rows], truth[rows, -1]]
+    if proxy is not None:
+        samples.append(rollout(proxy, truth[rows, 0], shifted_grid(PROXY_STEPS), cond[rows]).x[-1])
+    images = [held_out.decode(x) for x in samples]
     picture = np.concatenate([np.concatenate(list(row), axis=1) for row in images], axis=0)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -176,6 +194,7 @@ class Watcher:
 
     Attributes:
         record: what has been seen; belongs into the stage's checkpoints.
+        rolled_back: whether the averages are those of an earlier look. The proxy stays as the sick run left it.
     """
 
     def __init__(self, config: Config, held_out: HeldOut | None, stage: str, work: Path, metrics: Path) -> None:
@@ -183,6 +202,7 @@ class Watcher:
         self.config, self.held_out, self.stage, self.work = config, held_out, stage, work
         self.log = metrics.with_name(HEALTH)
         self.bands = health.reference()
+        self.rolled_back = False
 
     def look(
         self,
@@ -206,19 +226,31 @@ class Watcher:
         """
         if self.held_out is None or not self._due(seen):
             return False
+        size = self.config.batch
+        knows = in_chunks(proxy, size) if self.config.proxy_target == "A" else None
+        asked = replace(teacher, velocity=in_chunks(teacher.velocity, size)) if isinstance(teacher, Guided) else teacher
         with averaged(students, averages):
-            figures, x0 = look(self.held_out, student, proxy, teacher, self.config.seed)
+            figures, x0 = look(self.held_out, in_chunks(student, size), knows, asked, self.config.seed)
         figures |= of_updates(self.record.means())
         if not self.record.looks:
             figures.pop("proxy_lag", None)  # it has learned nothing yet
+        if self.config.real_direction in ("cond", "norm_preserving"):
+            figures.pop("guidance", None)  # the student does not follow it
         first = self.record.looks[0] if self.record.looks else figures
         figures["drift"] = figures["marginal_last"] - first["marginal_last"]
         figures["trajectory_rise"] = figures["trajectory"] / max(first["trajectory"], 1e-12)
         flat = {f"{b}/{name}": value for b, average in averages.items() for name, value in average.average.items()}
         self.record.close_look({"images": seen, **figures}, flat)
-        strip(self.held_out, x0, proxy, self.held_out.pictures / f"{self.stage}-{seen:07d}.png")
+        strip(self.held_out, x0, knows, self.held_out.pictures / f"{self.stage}-{seen:07d}.png")
+        self.rolled_back = self._act(seen, averages)
+        if self.rolled_back:
+            figures["rolled_back_to"] = self.nearest()["images"]
         Metrics(self.log, self.stage, seen - 1).write(seen, figures)
-        return self._act(seen, averages)
+        return self.rolled_back
+
+    def nearest(self) -> dict[str, float]:
+        """The look at which the student was nearest to the teacher."""
+        return min(self.record.looks, key=lambda then: then["marginal_last"])
 
     def _due(self, seen: int) -> bool:
         """At the start, and `looks` times evenly up to the end; a resumed stage does not look twice."""
@@ -237,12 +269,11 @@ class Watcher:
         if action == "stop":
             raise health.Sick(
                 f"{self.stage} stopped at {seen:,} images: {found[0].text}. Pictures are in {self.held_out.pictures}; "  # type: ignore[union-attr]
-                "change the setting and give another --out, or distribution.health.action=warn to go on in spite of it"
+                "give another --out with that setting changed, or with distribution.health.action=warn"
             )
         for branch, average in averages.items():
             average.load_state_dict({n: self.record.best[f"{branch}/{n}"] for n in average.average})
-        nearest = min(self.record.looks, key=lambda seen_then: seen_then["marginal_last"])
-        print(f"{self.stage} rolls back to what it was at {nearest['images']:,.0f} images and ends", file=sys.stderr)
+        print(f"{self.stage} rolls back to what it was at {self.nearest()['images']:,.0f} images and ends", file=sys.stderr)
         return True
 
 

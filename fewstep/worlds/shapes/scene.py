@@ -85,7 +85,9 @@ def relation_holds(a: Object, relation: Relation, b: Object) -> bool:
 def place(
     wanted: list[Wanted], rng: np.random.Generator, relation: Relation | None = None, tries: int = 4000
 ) -> Scene:
-    """Draw a scene that satisfies `wanted`: open attributes uniform, places on the lattice uniform without overlap.
+    """Draw a scene that satisfies `wanted`: open attributes uniform, then places one by one among those that are free.
+
+    What does not fit is drawn again, attributes too, so crowded requests show more small things than large ones.
 
     Args:
         wanted: one entry per object, at most five.

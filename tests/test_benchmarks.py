@@ -1,0 +1,35 @@
+"""What the benchmarks rest on: exact scene probabilities, and a gallery whose broken runs are caught by their verdicts."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from fewstep.worlds.shapes.grammar import parse
+from fewstep.worlds.shapes.prompts import training_scene
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("caption", ["a red circle", "two small red circles", "a blue square left of a yellow cross"])
+def test_scenes_are_drawn_with_the_probabilities_that_the_exact_answer_takes(caption: str) -> None:
+    scenes, probability = load("teacher_gap").scenes_of(caption)
+    number = {scene: i for i, scene in enumerate(scenes)}
+    drawn, rng = np.zeros(len(scenes)), np.random.default_rng(0)
+    for _ in range(1500):
+        drawn[number[training_scene(parse(caption), rng)]] += 1
+    expected = 1500 * probability.numpy()
+    chi_square = float(((drawn - expected) ** 2 / expected).sum()) / (len(scenes) - 1)
+    assert chi_square < 1 + 4 * np.sqrt(2 / (len(scenes) - 1))  # four deviations
