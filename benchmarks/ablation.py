@@ -50,8 +50,8 @@ BASE = [
     "evaluate.per_task=40",
     "evaluate.seeds=2",
 ]
-QUICK = ["trajectory.trajectories=640", "trajectory.images=12800", "evaluate.per_task=10", "merge.per_task=4"]
-QUICK += ["distribution.images=640", "split.images=320"]
+QUICK = ["trajectory.trajectories=640", "trajectory.images=12800", "evaluate.per_task=8", "merge.per_task=2"]
+QUICK += ["distribution.images=320", "split.images=160"]
 ALONE = ["split.skip=true"]  # the budget of the split goes into stage `distribution`
 
 # What each arm changes. "full" is the paper's recipe as we read it.
