@@ -68,7 +68,8 @@ def train(
             )
         if (seen // images_per_step) % log_every == 0 or seen >= total_images:
             log.write(seen, values)
-            note = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            watched = {n: v for n, v in values.items() if n in ("loss", "grad_norm") or n.endswith("_loss")} or values
+            note = "  ".join(f"{name} {value:.4g}" for name, value in watched.items())
         progress.show(seen, note)
         ended = look is not None and look(seen)
         # A stage that a look ended is not saved: resumed, it ends again by the same look.
