@@ -133,7 +133,7 @@ def test_what_has_no_meaning_is_not_measured(world: World, held_out: HeldOut, tm
     train(world, held_out, tmp_path, replace(config, real_direction="cond"))
     rows = read_metrics(tmp_path / HEALTH)
     assert not any({"proxy_lag", "guidance"} & row.keys() for row in rows)
-    assert Image.open(next(held_out.pictures.iterdir())).size == (8 * 8, 2 * 8)
+    assert Image.open(next(held_out.pictures.iterdir())).size == (8 * 10, 2 * 10)
 
 
 def test_looking_leaves_training_as_it_is_and_writes_what_it_sees(world: World, held_out: HeldOut, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_looking_leaves_training_as_it_is_and_writes_what_it_sees(world: World, 
     assert {"proxy_lag", "guidance", "balance", "clipped", "heads", "diversity"} <= rows[2].keys()
     pictures = sorted(held_out.pictures.iterdir())
     assert [p.name for p in pictures] == [f"distribution-{n:07d}.png" for n in (0, 16, 32)]
-    assert Image.open(pictures[0]).size == (8 * 8, 3 * 8)  # a column for each prompt; student, teacher, proxy
+    assert Image.open(pictures[0]).size == (8 * 10, 3 * 10)  # a column for each prompt; student, teacher, proxy
 
 
 SICK = {"proxy_lag": (0.0, 1e-6)}  # no run is that healthy

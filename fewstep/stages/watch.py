@@ -32,6 +32,7 @@ HEALTH = "health.jsonl"  # beside metrics.jsonl
 TIMES = (0.3, 0.5, 0.7, 0.9)  # at which proxy and teacher are asked about the student's samples
 LAG = 60  # streams of addressed noise, one for each of them
 SHOWN, PROXY_STEPS = 8, 16  # pictures in a strip; steps of the proxy's own sampling
+EDGE = 2  # white pixels between pictures
 Decode = Callable[[Tensor], np.ndarray]
 
 
@@ -181,7 +182,8 @@ def strip(held_out: HeldOut, x0: Tensor, proxy: Velocity | None, path: Path) -> 
     samples = [x0[rows], truth[rows, -1]]
     if proxy is not None:
         samples.append(rollout(proxy, truth[rows, 0], shifted_grid(PROXY_STEPS), cond[rows]).x[-1])
-    images = [held_out.decode(x) for x in samples]
+    edge = ((0, 0), (0, EDGE), (0, EDGE), (0, 0))
+    images = [np.pad(held_out.decode(x), edge, constant_values=255) for x in samples]
     picture = np.concatenate([np.concatenate(list(row), axis=1) for row in images], axis=0)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
