@@ -87,7 +87,7 @@ def cell_settings(arm: str, steps: int, run: int, quick: bool) -> Distillation:
 
 
 def start_of(out: Path, steps: int, run: int, quick: bool) -> Path:
-    """Teacher trajectories, the student after trajectory guidance, and the arms that need no refinement; made once."""
+    """Teacher trajectories and the student after trajectory guidance, which all arms of a run share; made once."""
     folder = out / f"{steps}step" / f"run{run}" / SHARED
     pipeline = cell_settings("trajectory_only", steps, run, quick)
     execute.run(pipeline, folder, "trajectory")
@@ -152,8 +152,8 @@ def measure(pipeline: Distillation, cell: Path, student: Path, reference: Path) 
     def fresh(i: int) -> torch.Tensor:
         return noise.normal(x.shape[2:], seed=NOISE, index=range(len(x)), step=i)
 
-    euler = rollout(velocity, x[:, 0], pipeline.grid, cond)
-    path = renoising_rollout(velocity, x[:, 0], pipeline.grid, cond, fresh) if renoise else euler
+    start = velocity, x[:, 0], pipeline.grid, cond
+    path = renoising_rollout(*start, fresh) if renoise else rollout(*start)
     states = [watch.apart(path.x[i], x[:, i]) for i in range(1, len(pipeline.grid))]
     return {"marginals": states, "grid": pipeline.grid, "renoise": renoise}
 

@@ -57,15 +57,11 @@ def row_of(
     scores = {s: over_runs(stacked(cells, s), tasks)[OVERALL] for s in ("strict", "geneval")}
     row: dict[str, Any] = {"arm": arm, "runs": len(cells), "prompts": len(tasks), **{s: e._asdict() for s, e in scores.items()}}
     row["strict_by_task"] = {t: e._asdict() for t, e in over_runs(stacked(cells, "strict"), tasks).items()}
-    partner = UNSPLIT if UNSPLIT in found and is_unsplit(cells) else FULL
+    partner = UNSPLIT if arm != UNSPLIT and UNSPLIT in found and is_unsplit(cells) else FULL
     shared = [(a, b) for a in cells for b in found.get(partner, []) if a[0] == b[0]]
-    if arm not in (partner, UNSPLIT) and shared:
+    if arm != partner and shared:
         mine, theirs = (stacked([pair[k] for pair in shared], "strict") for k in (0, 1))
         row |= {"partner": partner, "against": over_runs(mine - theirs, tasks)[OVERALL]._asdict()}
-    elif arm == UNSPLIT and FULL in found:
-        pairs = [(a, b) for a in cells for b in found[FULL] if a[0] == b[0]]
-        mine, theirs = (stacked([pair[k] for pair in pairs], "strict") for k in (0, 1))
-        row |= {"partner": FULL, "against": over_runs(mine - theirs, tasks)[OVERALL]._asdict()}
     row["renoise"] = any(r.get("renoise", False) for _, r, _ in cells)
     of_teacher, ceiling = reference[TEACHER], reference[CEILING]
     prompts = [r["prompt"] for r in ceiling["results"]]

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from fewstep.engine import health
 from fewstep.engine.config import to_dict
 from fewstep.evaluate import outcomes
 from fewstep.evaluate.protocol import shapes_protocol
@@ -322,11 +323,11 @@ def watched(folder: Path, lag: float) -> Path:
         {"stage": "distribution", "images": 100 * i, "proxy_lag": lag, "drift": 0.0, "spread": 1.0, "trajectory": 0.1 / (1 + i)}
         for i in range(3)
     ]
-    (folder / condition.PICTURES).mkdir(parents=True)
-    (folder / condition.LOG).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / health.PICTURES).mkdir(parents=True)
+    (folder / health.LOG).write_text("".join(json.dumps(r) + "\n" for r in rows))
     (folder / condition.RESOLVED).write_text(yaml.safe_dump(to_dict(build("shapes_4step"))))
     for images in (0, 200):
-        Image.new("RGB", (64, 24)).save(folder / condition.PICTURES / f"distribution-{images:07d}.png")
+        Image.new("RGB", (64, 24)).save(folder / health.PICTURES / f"distribution-{images:07d}.png")
     return folder
 
 

@@ -21,7 +21,7 @@ from fewstep.engine.log import read_metrics
 from fewstep.engine.optim import Optim
 from fewstep.models import roles, sd3
 from fewstep.stages import distribution, watch
-from fewstep.stages.watch import HEALTH, HeldOut
+from fewstep.stages.watch import HeldOut
 
 WATCHED = replace(CONFIG, images=32, health=health.Config(looks=2))
 
@@ -131,7 +131,7 @@ def test_what_has_no_meaning_is_not_measured(world: World, held_out: HeldOut, tm
     """No proxy that learns final samples, no lag; no guidance in the direction, no spread of it."""
     config = WATCHED.with_preset("implicit_euler")
     train(world, held_out, tmp_path, replace(config, real_direction="cond"))
-    rows = read_metrics(tmp_path / HEALTH)
+    rows = read_metrics(tmp_path / health.LOG)
     assert not any({"proxy_lag", "guidance"} & row.keys() for row in rows)
     assert Image.open(next(held_out.pictures.iterdir())).size == (8 * 10, 2 * 10)
 
@@ -142,8 +142,8 @@ def test_looking_leaves_training_as_it_is_and_writes_what_it_sees(world: World, 
     blind = distribution.run(WATCHED, world.pipe.transformer, given(world), tmp_path / "b", log)
     for a, b in ((seen, blind.students["student"]), (state.proxy, blind.proxy)):
         assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-    rows = read_metrics(tmp_path / "a" / HEALTH)
-    assert [r["images"] for r in rows] == [0, 16, 32] and not (tmp_path / "b" / HEALTH).exists()
+    rows = read_metrics(tmp_path / "a" / health.LOG)
+    assert [r["images"] for r in rows] == [0, 16, 32] and not (tmp_path / "b" / health.LOG).exists()
     assert "proxy_lag" not in rows[0] and rows[0]["drift"] == 0 and rows[0]["trajectory_rise"] == 1
     assert {"proxy_lag", "guidance", "balance", "clipped", "heads", "diversity"} <= rows[2].keys()
     pictures = sorted(held_out.pictures.iterdir())
@@ -177,7 +177,7 @@ def test_a_sick_run_rolls_back_to_its_best(world: World, held_out: HeldOut, tmp_
     assert all(torch.equal(a, b) for a, b in pairs)
     assert "rolls back to what it was at 0 images and ends" in capsys.readouterr().err
     assert read_metrics(tmp_path / "m.jsonl")[-1]["images"] < config.images
-    assert read_metrics(tmp_path / HEALTH)[-1]["rolled_back_to"] == 0
+    assert read_metrics(tmp_path / health.LOG)[-1]["rolled_back_to"] == 0
 
 
 def test_a_watched_run_resumes_to_the_same_bit_and_does_not_look_twice(world: World, held_out: HeldOut, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_watched_run_resumes_to_the_same_bit_and_does_not_look_twice(world: Wo
             train(world, held_out, tmp_path / "parts", WATCHED)
     rest, _ = train(world, held_out, tmp_path / "parts", WATCHED)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), rest.parameters(), strict=True))
-    rows = [read_metrics(tmp_path / name / HEALTH) for name in ("whole", "parts")]
+    rows = [read_metrics(tmp_path / name / health.LOG) for name in ("whole", "parts")]
     assert rows[0] == rows[1]
 
 

@@ -1,4 +1,4 @@
-"""Is a run healthy? Figures without units are held against bands recorded from healthy runs, and judged in plain words.
+"""Is a run healthy? Figures without units are held against bands, and judged in plain words.
 
 Nothing here knows a network: `stages.watch` measures, this module remembers, judges and decides. All of it is ours.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal, NamedTuple
 
+LOG, PICTURES = "health.jsonl", "health"  # in a run's folder: a row of figures for each look, and its pictures
 Bands = Mapping[str, tuple[float, float]]
 
 
@@ -140,9 +141,19 @@ WORDS: dict[str, dict[str, str]] = {
 
 
 def reference() -> dict[str, tuple[float, float]]:
-    """Bands recorded from healthy runs of the bundled recipes (`benchmarks/health_gallery.py --record`)."""
+    """The bundled bands; `origin` says where they come from."""
+    return {name: (lo, hi) for name, (lo, hi) in _bundled()["bands"].items()}
+
+
+def origin() -> str:
+    """How the bundled bands were made (`benchmarks/health_gallery.py --record` writes them)."""
+    return str(_bundled()["recorded"])
+
+
+def _bundled() -> dict[str, Any]:
     text = resources.files("fewstep.engine").joinpath("health_bands.json").read_text(encoding="utf-8")
-    return {name: (lo, hi) for name, (lo, hi) in json.loads(text)["bands"].items()}
+    bundled: dict[str, Any] = json.loads(text)
+    return bundled
 
 
 def words_of(settings: Mapping[str, Any]) -> dict[str, Any]:

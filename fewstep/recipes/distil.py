@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewstep.conditioning import TextCond
 from fewstep.data import prompts, trajectories
-from fewstep.engine import artifact
+from fewstep.engine import artifact, health
 from fewstep.engine.artifact import Artifact
 from fewstep.engine.checkpoint import whole_folder
 from fewstep.engine.config import to_dict
@@ -163,7 +163,7 @@ def held_out(pipeline: Distillation, out: Path, teacher: Teacher) -> watch.HeldO
     def decode(x0: Tensor) -> NDArray[np.uint8]:
         return to_uint8(sd3.decode(teacher.pipe, x0))
 
-    return watch.HeldOut(stored, teacher.encode(stored.prompts), config.seeds, decode, out / "health")
+    return watch.HeldOut(stored, teacher.encode(stored.prompts), config.seeds, decode, out / health.PICTURES)
 
 
 def _latent_shape(teacher: Teacher) -> tuple[int, int, int]:

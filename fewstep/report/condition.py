@@ -12,7 +12,7 @@ from fewstep.engine import health
 from fewstep.engine.log import read_metrics
 from fewstep.report import charts
 
-LOG, PICTURES, RESOLVED = "health.jsonl", "health", "resolved.yaml"
+RESOLVED = "resolved.yaml"
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
@@ -21,7 +21,7 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
     Each holds "stage", "looks" (rows of `health.jsonl`), "verdicts" (sentences, in the order in which they were first said) and
     "figures" ({name, meaning, first, last, lo, hi, healthy}; lo, hi and healthy are None where there is no band).
     """
-    rows, bands = read_metrics(run_dir / LOG), health.reference()
+    rows, bands = read_metrics(run_dir / health.LOG), health.reference()
     found = []
     for stage in dict.fromkeys(r["stage"] for r in rows):
         looks = [r for r in rows if r["stage"] == stage]
@@ -34,7 +34,7 @@ def show(run_dir: Path, record: dict[str, Any]) -> dict[str, Any]:
     stage, looks = record["stage"], record["looks"]
     pictures = []
     for look in (looks[0], looks[-1]):
-        path = run_dir / PICTURES / f"{stage}-{look['images']:07d}.png"
+        path = run_dir / health.PICTURES / f"{stage}-{look['images']:07d}.png"
         if path.is_file():
             src = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
             pictures.append({"images": look["images"], "src": src})

@@ -18,6 +18,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
+from fewstep.engine import health
 from fewstep.engine.log import clock, read_metrics
 from fewstep.evaluate import outcomes
 from fewstep.report import charts, condition, numbers
@@ -78,6 +79,7 @@ def html(data: Mapping[str, Any], arms: Mapping[str, outcomes.Outcome], run_dir:
         scores=Markup(charts.scores(overall, student)),
         variety=Markup(charts.diversity(data["diversity"], shown)),
         health=[_marked(condition.show(run_dir, record)) for record in data["health"]],
+        bands_origin=health.origin(),
         curves=[Markup(svg) for svg in stage_curves(run_dir / "metrics.jsonl")],
         ceiling=CEILING,
     )

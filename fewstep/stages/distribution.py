@@ -244,7 +244,7 @@ def refine(
     """
     state = begin(config, starts, branch_at, given)
     student = branched(state.students, branch_at)
-    watcher = watch.Watcher(config, given.held_out, stage, work, metrics)
+    watcher = watch.Watcher(config, given.held_out, stage, metrics)
 
     def step(seen: int) -> dict[str, float]:
         figures = update(state, config, given, seen)

@@ -23,12 +23,11 @@ from fewstep.engine.log import Metrics
 from fewstep.evaluate.distances import energy_distance
 from fewstep.flow import Velocity, x0_from_velocity
 from fewstep.grids import shifted_grid
-from fewstep.guidance import Guided
+from fewstep.guidance import Guided, combine
 from fewstep.objectives import flow_matching, trajectory
 from fewstep.solvers import rollout
 from fewstep.stages.matching import Config
 
-HEALTH = "health.jsonl"  # beside metrics.jsonl
 TIMES = (0.3, 0.5, 0.7, 0.9)  # at which proxy and teacher are asked about the student's samples
 LAG = 60  # streams of addressed noise, one for each of them
 SHOWN, PROXY_STEPS = 8, 16  # pictures in a strip; steps of the proxy's own sampling
@@ -155,7 +154,7 @@ def guidance_spread(teacher: Guided, x: Tensor, times: tuple[float, ...], cond: 
     for i, time in enumerate(times):
         t = torch.full((len(x),), time)
         v_neg, v_pos = teacher.branches(x[:, i], t, cond)
-        with_it = x0_from_velocity(x[:, i], v_neg + teacher.scale * (v_pos - v_neg), t)
+        with_it = x0_from_velocity(x[:, i], combine(v_neg, v_pos, teacher.scale), t)
         ratios.append(float(with_it.std() / x0_from_velocity(x[:, i], v_pos, t).std()))
     return max(ratios)
 
@@ -199,10 +198,10 @@ class Watcher:
         rolled_back: whether the averages are those of an earlier look. The proxy stays as the sick run left it.
     """
 
-    def __init__(self, config: Config, held_out: HeldOut | None, stage: str, work: Path, metrics: Path) -> None:
+    def __init__(self, config: Config, held_out: HeldOut | None, stage: str, metrics: Path) -> None:
         self.record = health.Record(config.health.action == "roll_back")
-        self.config, self.held_out, self.stage, self.work = config, held_out, stage, work
-        self.log = metrics.with_name(HEALTH)
+        self.config, self.held_out, self.stage = config, held_out, stage
+        self.log = metrics.with_name(health.LOG)
         self.bands = health.reference()
         self.rolled_back = False
 
