@@ -24,7 +24,7 @@ from fewstep import noise
 from fewstep.engine.precision import fast_dtype
 from fewstep.flow import Velocity, interpolate, x0_from_velocity
 from fewstep.models import sd3
-from fewstep.recipes.pipeline import BUNDLED
+from fewstep.worlds.shapes import TEACHER
 from fewstep.worlds.shapes.architecture import MAX_TOKENS
 from fewstep.worlds.shapes.data import to_pixels
 from fewstep.worlds.shapes.grammar import parse
@@ -140,7 +140,7 @@ def errors(velocity: Velocity, latents: Tensor, probability: Tensor, cond: objec
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, default=BUNDLED)
+    parser.add_argument("--teacher", type=Path, default=TEACHER)
     parser.add_argument("--count", type=int, default=256, help="noisy points for each caption and time")
     args = parser.parse_args()
     pipe = sd3.load(args.teacher)

@@ -107,7 +107,7 @@ def plan(
 
 @app.command
 def show(path: tyro.conf.Positional[Path | None] = None, /) -> None:
-    """Show an artefact or a run; without a path, the recipes.
+    """Show an artefact or a run; without a path, the recipes and the models that come with fewstep.
 
     Args:
         path: a model folder with an artifact.json, or a run's folder.

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fewstep.models import sd3
-from fewstep.recipes.pipeline import BUNDLED
 from fewstep.stages import reading
+from fewstep.worlds.shapes import TEACHER
 from fewstep.worlds.shapes.architecture import MAX_TOKENS
 from fewstep.worlds.shapes.grammar import TASKS, asks, parse, wordings
 from fewstep.worlds.shapes.prompts import is_held_out, split_of
@@ -57,7 +57,7 @@ def test_captions_are_addressed_and_rows_and_words_find_their_nouns() -> None:
 @torch.no_grad()
 def test_the_shipped_t5_tells_linearly_which_noun_stands_where() -> None:
     """Requests of one side of the split fit the reader; it reads those of the other."""
-    pipe = sd3.load(BUNDLED)
+    pipe = sd3.load(TEACHER)
     features, roles, fitting = [], [], []
     for ask in asks("position"):
         for text in wordings(ask):

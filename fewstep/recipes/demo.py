@@ -15,6 +15,7 @@ from fewstep.models import sd3
 from fewstep.recipes import RECIPES, budget, distil, execute
 from fewstep.recipes.layout import FOLDER, RESOLVED
 from fewstep.recipes.pipeline import Distillation, Pipeline, build
+from fewstep.worlds.shapes import STUDENT_4, TEACHER
 
 SHOWN = ("autoencoder_ceiling", "teacher_32_guided")
 
@@ -108,7 +109,7 @@ def print_result(report: Path) -> None:
 
 
 def show(path: Path | None) -> None:
-    """Print the recipes, an artefact's record, or what a run's folder holds.
+    """Print the recipes and bundled models, an artefact's record, or what a run's folder holds.
 
     Raises:
         ValueError: neither an artefact nor a run.
@@ -116,6 +117,9 @@ def show(path: Path | None) -> None:
     if path is None:
         for name, purpose in RECIPES.items():
             print(f"{name:<16}{purpose}")
+        print("\nmodels that come with fewstep, each a folder for stock diffusers:")
+        for folder in (TEACHER, STUDENT_4):
+            print(f"{folder.name:<16}{folder}")
         return
     if (path / RESOLVED).is_file():
         print((path / RESOLVED).read_text().rstrip())

@@ -26,9 +26,10 @@ from fewstep.guidance import guided
 from fewstep.models import sd3
 from fewstep.recipes.arms import strict_overall, teacher_arms
 from fewstep.recipes.layout import FOLDER, METRICS, PROXY, SECONDS, timed
-from fewstep.recipes.pipeline import BUNDLED, Distillation
+from fewstep.recipes.pipeline import Distillation
 from fewstep.report import page
 from fewstep.stages import distribution, evaluate, merge, split, trajectory, watch
+from fewstep.worlds.shapes import TEACHER
 from fewstep.worlds.shapes.data import to_uint8
 
 HELD_OUT_SEED = 500  # added to the seed of the trajectories: their noise is not that of the held-out ones
@@ -36,7 +37,7 @@ HELD_OUT_SEED = 500  # added to the seed of the trajectories: their noise is not
 
 def teacher_folder(pipeline: Distillation) -> Path:
     """Where the teacher of a distillation lies."""
-    return BUNDLED if pipeline.teacher == "bundled" else Path(pipeline.teacher)
+    return TEACHER if pipeline.teacher == "bundled" else Path(pipeline.teacher)
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from fewstep.grids import check_grid
 from fewstep.recipes import RECIPES
 from fewstep.stages import autoencoder, distribution, evaluate, merge, split, teacher, trajectory
-
-BUNDLED = Path(__file__).parents[1] / "worlds" / "shapes" / "teacher"
 
 
 def _refuse_empty(budgets: dict[str, int]) -> None:

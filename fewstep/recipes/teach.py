@@ -16,9 +16,10 @@ from fewstep.engine.precision import fast_dtype
 from fewstep.models import sd3
 from fewstep.recipes.arms import strict_overall, teacher_arms
 from fewstep.recipes.layout import FOLDER, METRICS, timed
-from fewstep.recipes.pipeline import BUNDLED, TeacherTraining
+from fewstep.recipes.pipeline import TeacherTraining
 from fewstep.report import numbers, page
 from fewstep.stages import autoencoder, evaluate, teacher
+from fewstep.worlds.shapes import TEACHER
 from fewstep.worlds.shapes.architecture import MAX_TOKENS
 from fewstep.worlds.shapes.data import write_latents
 
@@ -29,7 +30,7 @@ def run(pipeline: TeacherTraining, out: Path, wanted: Sequence[str]) -> Path | N
     vae_folder, folder = out / FOLDER["autoencoder"], out / FOLDER["teacher"]
     if "autoencoder" in wanted and not (vae_folder / "config.json").is_file():
         if pipeline.reuse_autoencoder:
-            vae = autoencoder.load(BUNDLED / "vae")
+            vae = autoencoder.load(TEACHER / "vae")
         else:
             with timed(out, "autoencoder"):
                 vae = autoencoder.run(pipeline.autoencoder, work / "autoencoder", metrics)
