@@ -37,10 +37,12 @@ from fewstep.recipes.layout import FOLDER, METRICS
 from fewstep.recipes.pipeline import Distillation
 from fewstep.stages import distribution
 
-UPDATES, LOOKS = 96, 4
-HEALTHY = ("healthy_seed_1", "healthy_seed_2", "healthy_seed_3")
+UPDATES, LOOKS = 64, 4
+HEALTHY = ("healthy_seed_1", "healthy_seed_2", "healthy_seed_3")  # what bands are recorded from
+UNSEEN = "healthy"  # one more, which bands have not seen
 # Two broken runs leave trajectory guidance out, which hides what they do; this one leaves out nothing else.
 CONTROL = "no_trajectory_term"
+SOUND = {UNSEEN: "the bands were not recorded from this run", CONTROL: "no trajectory guidance, and nothing else: the control"}
 BANDS = Path(health.__file__).with_name("health_bands.json")
 GALLERY = Path(__file__).parents[1] / "docs" / "health"
 PICTURE_SCALE = 2
@@ -166,7 +168,7 @@ def page(out: Path) -> None:
     GALLERY.mkdir(parents=True, exist_ok=True)
     bands = health.reference()
     lines = [*INTRODUCTION, ""]
-    for name in (*HEALTHY[:1], CONTROL, *BROKEN):
+    for name in (UNSEEN, CONTROL, *BROKEN):
         looks, settings = looks_of(out / name), json.loads((out / name / "settings.json").read_text())
         verdicts = health.judge(looks, bands, settings["health"]["patience"], settings)
         last = max((out / name / health.PICTURES).glob("*.png"))
@@ -176,8 +178,7 @@ def page(out: Path) -> None:
         )
         record = {"looks": looks, "settings": settings}
         (GALLERY / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-        plain = "a healthy run" if name in HEALTHY else "no trajectory guidance, and nothing else: the control"
-        title = BROKEN[name][0] if name in BROKEN else plain
+        title = BROKEN[name][0] if name in BROKEN else SOUND[name]
         lines += [f"## {name.replace('_', ' ')}: {title}", "", f"![student, teacher, proxy]({name}.png)", ""]
         lines += [f"- **{v.figure}** {v.value:.3g} (healthy {v.lo:g} to {v.hi:g}): {v.text}" for v in verdicts]
         lines += ["" if verdicts else "Nothing is said of it.\n"]
@@ -196,8 +197,8 @@ INTRODUCTION = (
 
 def table(out: Path, bands: health.Bands) -> list[str]:
     """Figures of the last look, a column for each run; what lies outside of its band is bold."""
-    names = [HEALTHY[0], CONTROL, *BROKEN]
-    rows = ["| figure | healthy | " + " | ".join(n.replace("_", " ") for n in names) + " |", "|---" * (len(names) + 2) + "|"]
+    names = [UNSEEN, CONTROL, *BROKEN]
+    rows = ["| figure | band | " + " | ".join(n.replace("_", " ") for n in names) + " |", "|---" * (len(names) + 2) + "|"]
     last = {name: looks_of(out / name)[-1] for name in names}
     for figure in health.FIGURES:
         band = "{:g} to {:g}".format(*bands[figure]) if figure in bands else "–"
@@ -224,9 +225,9 @@ def main() -> None:
     teacher = distil.open_teacher(distil.teacher_folder(pipeline))
     start = sd3.load(args.out / FOLDER["trajectory"]).transformer
     given = distil.given(pipeline, args.out, teacher, teacher.pipe.transformer, pipeline.distribution.seed)
-    for seed, name in enumerate(HEALTHY, start=1):
+    for seed, name in enumerate((*HEALTHY, UNSEEN), start=1):
         seeded = replace(pipeline, distribution=replace(pipeline.distribution, seed=100 * seed))
-        refine(seeded, args.out, name, replace(given, prompt_at=prompts.source(pipeline.prompts, 100 * seed)), start)
+        refine(seeded, args.out, name, replace(given, prompt_at=prompts.source(None, 100 * seed)), start)
     without = replace(pipeline, distribution=replace(pipeline.distribution, trajectory_weight=0.0))
     refine(without, args.out, CONTROL, given, start)
     if args.record:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
+from fewstep.engine import health
 from fewstep.worlds.shapes.grammar import parse
 from fewstep.worlds.shapes.prompts import training_scene
 
@@ -23,6 +25,9 @@ def load(name: str) -> ModuleType:
     return module
 
 
+GALLERY = load("health_gallery")
+
+
 @pytest.mark.parametrize("caption", ["a red circle", "two small red circles", "a blue square left of a yellow cross"])
 def test_scenes_are_drawn_with_the_probabilities_that_the_exact_answer_takes(caption: str) -> None:
     scenes, probability = load("teacher_gap").scenes_of(caption)
@@ -33,3 +38,20 @@ def test_scenes_are_drawn_with_the_probabilities_that_the_exact_answer_takes(cap
     expected = 1500 * probability.numpy()
     chi_square = float(((drawn - expected) ** 2 / expected).sum()) / (len(scenes) - 1)
     assert chi_square < 1 + 4 * np.sqrt(2 / (len(scenes) - 1))  # four deviations
+
+
+def said_of(name: str) -> set[str]:
+    """Figures that a recorded run of the gallery is blamed for, by the bands that are shipped."""
+    record = json.loads((ROOT / "docs" / "health" / f"{name}.json").read_text())
+    settings = record["settings"]
+    verdicts = health.judge(record["looks"], health.reference(), settings["health"]["patience"], settings)
+    return {verdict.figure for verdict in verdicts}
+
+
+@pytest.mark.parametrize("name", GALLERY.BROKEN)
+def test_every_broken_run_of_the_gallery_is_caught_by_what_gives_it_away(name: str) -> None:
+    assert GALLERY.BROKEN[name][1] in said_of(name)
+
+
+def test_nothing_is_said_of_a_healthy_run_that_the_bands_have_not_seen() -> None:
+    assert said_of(GALLERY.UNSEEN) == set()

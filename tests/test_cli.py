@@ -103,7 +103,7 @@ def test_mistakes_are_one_line_and_write_nothing(call: Call, tmp_path: Path, wor
 
 def test_a_file_of_prompts_that_is_not_there(call: Call, tmp_path: Path, teacher_folder: Path) -> None:
     line = refused(call, "run", "shapes_4step", *tiny(teacher_folder), "--set", "prompts=mine.txt")
-    assert "mine.txt is not a file" in line and not list(tmp_path.iterdir())
+    assert "mine.txt does not exist; `prompts` takes .txt" in line and not list(tmp_path.iterdir())
 
 
 def test_a_config_names_its_line(call: Call, tmp_path: Path) -> None:

@@ -175,6 +175,8 @@ def test_a_sick_run_rolls_back_to_its_best(world: World, held_out: HeldOut, tmp_
     assert state.images == 0
     pairs = zip(student.parameters(), world.pipe.transformer.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+    knew = zip(state.proxy.parameters(), world.pipe.transformer.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in knew)  # the proxy had learned nothing yet, either
     assert "rolls back to what it was at 0 images and ends" in capsys.readouterr().err
     assert read_metrics(tmp_path / "m.jsonl")[-1]["images"] < config.images
     assert read_metrics(tmp_path / health.LOG)[-1]["rolled_back_to"] == 0
@@ -204,18 +206,14 @@ def test_a_watched_run_resumes_to_the_same_bit_and_does_not_look_twice(world: Wo
     assert rows[0] == rows[1]
 
 
-def test_held_out_prompts_are_not_trained_on(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_text("\n".join(f"prompt {i}" for i in range(1, 31)))
-    held = prompts.held_out(str(path), 99)
-    at = prompts.source(str(path), 0)
+def test_held_out_prompts_are_not_trained_on() -> None:
+    own = [f"prompt {i}" for i in range(1, 31)]
+    held, at = prompts.held_out(own, 99), prompts.source(own, 0)
     assert held == ["prompt 10", "prompt 20", "prompt 30"] and not {at(k) for k in range(27 * 3)} & {*held}
     assert len({at(k) for k in range(27)}) == 27
-    of_world = prompts.held_out("shapes", 12)
+    of_world = prompts.held_out(None, 12)
     assert len(set(of_world)) == 12
 
 
-def test_a_short_file_is_watched_with_its_own_lines(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_text("one\ntwo\n")
-    assert prompts.held_out(str(path), 5) == ["one", "two"]
+def test_a_short_list_is_watched_with_its_own_prompts() -> None:
+    assert prompts.held_out(["one", "two"], 5) == ["one", "two"]

@@ -194,7 +194,7 @@ class Record:
 
     Attributes:
         looks: figures of each look, with the images seen.
-        best: the average nearest to the teacher, by parameter name; kept for "roll_back" alone.
+        best: weights when the average was nearest to the teacher, by name; kept for "roll_back" alone.
     """
 
     def __init__(self, keep_best: bool) -> None:
@@ -214,11 +214,11 @@ class Record:
         """Means of what was counted since the last look."""
         return {name: total / self._counts[name] for name, total in self._sums.items()}
 
-    def close_look(self, figures: Mapping[str, float], average: Mapping[str, Any]) -> None:
-        """Remember a look; `average` replaces the best one if none came nearer to the teacher."""
+    def close_look(self, figures: Mapping[str, float], weights: Mapping[str, Any]) -> None:
+        """Remember a look; `weights` replace the best ones if none came nearer to the teacher."""
         nearest = min((look["marginal_last"] for look in self.looks), default=float("inf"))
         if self.keep_best and figures["marginal_last"] < nearest:
-            self.best = {name: value.detach().cpu().clone() for name, value in average.items()}
+            self.best = {name: value.detach().cpu().clone() for name, value in weights.items()}
         self.looks.append(dict(figures))
         self._sums, self._counts = {}, {}
 

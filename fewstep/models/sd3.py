@@ -16,6 +16,7 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from fewstep.conditioning import EncoderOutputs, TextCond, assemble
@@ -121,6 +122,18 @@ def tokenize(pipe: StableDiffusion3Pipeline, prompts: Sequence[str], t5_tokens: 
 
     clip_length = pipe.tokenizer.model_max_length
     return ids(pipe.tokenizer, clip_length), ids(pipe.tokenizer_2, clip_length), ids(pipe.tokenizer_3, t5_tokens)
+
+
+def reads_to_the_end(folder: Path, t5_tokens: int) -> Callable[[str], bool]:
+    """Whether some text encoder of a pipeline folder reads a prompt without cutting it.
+
+    Args:
+        folder: a diffusers pipeline folder; its tokenizers alone are opened.
+        t5_tokens: how many tokens the T5 encoder is given.
+    """
+    opened = {at.name: AutoTokenizer.from_pretrained(at) for at in folder.glob("tokenizer*")}
+    limits = {name: t5_tokens if name == "tokenizer_3" else opened[name].model_max_length for name in opened}
+    return lambda text: any(len(opened[name](text).input_ids) <= limits[name] for name in opened)
 
 
 def encode_ids(pipe: StableDiffusion3Pipeline, ids: tuple[Tensor, Tensor, Tensor]) -> EncoderOutputs:

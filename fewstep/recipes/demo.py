@@ -118,8 +118,8 @@ def show(path: Path | None) -> None:
         for name, purpose in RECIPES.items():
             print(f"{name:<16}{purpose}")
         print("\nmodels that come with fewstep, each a folder for stock diffusers:")
-        for folder in (TEACHER, STUDENT_4):
-            print(f"{folder.name:<16}{folder}")
+        for model in (TEACHER, STUDENT_4):
+            print(f"{model.name:<16}{model}")
         return
     if (path / RESOLVED).is_file():
         print((path / RESOLVED).read_text().rstrip())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.conditioning import TextCond
-from fewstep.data import prompts, trajectories
+from fewstep.data import prompt_files, prompts, trajectories
 from fewstep.engine import artifact, health
 from fewstep.engine.artifact import Artifact
 from fewstep.engine.checkpoint import whole_folder
@@ -25,7 +26,7 @@ from fewstep.flow import Velocity
 from fewstep.guidance import guided
 from fewstep.models import sd3
 from fewstep.recipes.arms import strict_overall, teacher_arms
-from fewstep.recipes.layout import FOLDER, METRICS, PROXY, SECONDS, timed
+from fewstep.recipes.layout import FOLDER, METRICS, PROMPTS, PROXY, SECONDS, timed
 from fewstep.recipes.pipeline import Distillation
 from fewstep.report import page
 from fewstep.stages import distribution, evaluate, merge, split, trajectory, watch
@@ -74,15 +75,47 @@ def check(pipeline: Distillation) -> None:
     """
     folder, adversary = teacher_folder(pipeline), pipeline.distribution.adversary
     artifact.read(folder, "teacher")
-    prompts.source(pipeline.prompts, 0)
     config = folder / "transformer" / "config.json"
     if not config.is_file():
         raise ValueError(f"{folder} is not a model: transformer/config.json is missing. Give a diffusers pipeline folder")
+    _usable(pipeline)
     blocks = json.loads(config.read_text(encoding="utf-8"))["num_layers"]
     if adversary.weight > 0 and adversary.heads > blocks:
         raise ValueError(
             f"distribution.adversary.heads = {adversary.heads}: a head reads a block of its own, and the teacher has {blocks}"
         )
+
+
+def own_prompts(pipeline: Distillation, out: Path) -> list[str] | None:
+    """The prompts of a run, None for the bundled world's; what is left of a file is written down when it is first read.
+
+    Later changes of the file change nothing in a run that has begun.
+
+    Raises:
+        ValueError: as `prompt_files.read` and `usable`.
+    """
+    if pipeline.prompts == "shapes":
+        return None
+    kept = out / PROMPTS
+    if kept.exists():
+        texts: list[str] = json.loads(kept.read_text(encoding="utf-8"))["prompts"]
+        return texts
+    texts, said = _usable(pipeline)
+    for sentence in said:
+        print(f"prompts: {sentence}", file=sys.stderr)
+    partial = kept.with_suffix(".partial")
+    record = {"from": pipeline.prompts, "said": said, "prompts": texts}
+    partial.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
+    partial.replace(kept)
+    return texts
+
+
+def _usable(pipeline: Distillation) -> tuple[list[str], list[str]]:
+    if pipeline.prompts == "shapes":
+        return [], []
+    folder = teacher_folder(pipeline)
+    fits = sd3.reads_to_the_end(folder, artifact.read(folder, "teacher").t5_tokens)
+    return prompt_files.usable(prompt_files.read(Path(pipeline.prompts)), fits, pipeline.prompt_policy)
 
 
 def run(pipeline: Distillation, out: Path, wanted: Sequence[str]) -> Path | None:
@@ -113,7 +146,7 @@ def _stored(pipeline: Distillation, out: Path, teacher: Teacher) -> trajectories
         out / "trajectories",
         teacher.velocity,
         teacher.encode,
-        prompts.source(pipeline.prompts, config.seed),
+        prompts.source(own_prompts(pipeline, out), config.seed),
         grid=pipeline.grid,
         latent_shape=_latent_shape(teacher),
         count=config.trajectories,
@@ -136,7 +169,7 @@ def _trajectory(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
 def given(pipeline: Distillation, out: Path, teacher: Teacher, proxy: SD3Transformer2DModel, seed: int) -> distribution.Given:
     """What a refinement learns from and is watched with; the trajectories are made now if they are not there."""
     stored, watched = _stored(pipeline, out, teacher), held_out(pipeline, out, teacher)
-    prompt_at = prompts.source(pipeline.prompts, seed)
+    prompt_at = prompts.source(own_prompts(pipeline, out), seed)
     return distribution.Given(proxy, teacher.velocity, stored, teacher.encode, prompt_at, watched)
 
 
@@ -145,7 +178,7 @@ def held_out(pipeline: Distillation, out: Path, teacher: Teacher) -> watch.HeldO
     config = pipeline.distribution.health
     if config.looks == 0:
         return None
-    texts = prompts.held_out(pipeline.prompts, config.prompts)
+    texts = prompts.held_out(own_prompts(pipeline, out), config.prompts)
     count, folder = len(texts) * config.seeds, out / "held_out"
     trajectories.write(
         folder,

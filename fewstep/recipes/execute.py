@@ -82,7 +82,10 @@ def run(pipeline: Pipeline, out: Path, stage: str | None = None) -> Path | None:
         raise ValueError(f"unknown stage {stage!r} of {pipeline.name}; one of {', '.join(pipeline.stages)}")
     if isinstance(pipeline, Distillation):  # before the folder is claimed with settings that cannot work
         distil.check(pipeline)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {out} ({error.strerror}): give --out a place you may write to") from None
     with alone(out):
         claim(pipeline, out)
         return _run(pipeline, out, stage)

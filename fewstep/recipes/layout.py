@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 RESOLVED, METRICS, SECONDS = "resolved.yaml", "metrics.jsonl", "seconds.jsonl"
+PROMPTS = "prompts.json"  # what a run took from a file of prompts
 PROXY = "work/proxy"  # what stage `distribution` hands to stage `split`
 FOLDER = {
     "autoencoder": "00-autoencoder",

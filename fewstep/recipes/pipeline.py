@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field
 
+from fewstep.data import prompt_files
 from fewstep.grids import check_grid
 from fewstep.recipes import RECIPES
 from fewstep.stages import autoencoder, distribution, evaluate, merge, split, teacher, trajectory
@@ -25,7 +26,8 @@ class Distillation:
         teacher: "bundled", or an artefact folder of kind teacher.
         grid: the student's grid, explicit numbers.
         teacher_steps: steps of the teacher that the student is measured against.
-        prompts: "shapes", or a text file with one prompt a line.
+        prompts: "shapes", or a file of prompts (.txt, .csv, .tsv, .jsonl, .parquet), or a folder of images with captions.
+        prompt_policy: what happens to prompts of a file that cannot be used as they are.
         trajectory, distribution, split, merge, evaluate: settings of the stages.
     """
 
@@ -34,6 +36,7 @@ class Distillation:
     grid: tuple[float, ...] = (1.0, 0.9, 0.75, 0.5, 0.0)
     teacher_steps: int = 32
     prompts: str = "shapes"
+    prompt_policy: prompt_files.Policy = field(default_factory=prompt_files.Policy)
     trajectory: trajectory.Config = field(default_factory=trajectory.Config)
     distribution: distribution.Config = field(default_factory=distribution.Config)
     split: split.Config = field(default_factory=split.Config)

@@ -252,8 +252,7 @@ def refine(
         return figures
 
     def look(seen: int) -> bool:
-        against = sd3.velocity(state.proxy, fast_dtype())
-        return watcher.look(seen, state.students, state.averages, student, against, given.teacher)
+        return watcher.look(seen, state.students, state.averages, student, state.proxy, given.teacher)
 
     state.images = train(
         step,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import SD3Transformer2DModel
 from PIL import Image
 from torch import Tensor, nn
 
@@ -20,10 +21,12 @@ from fewstep.engine import health
 from fewstep.engine.config import to_dict
 from fewstep.engine.ema import EMA
 from fewstep.engine.log import Metrics
+from fewstep.engine.precision import fast_dtype
 from fewstep.evaluate.distances import energy_distance
 from fewstep.flow import Velocity, x0_from_velocity
 from fewstep.grids import shifted_grid
 from fewstep.guidance import Guided, combine
+from fewstep.models import sd3
 from fewstep.objectives import flow_matching, trajectory
 from fewstep.solvers import rollout
 from fewstep.stages.matching import Config
@@ -32,6 +35,7 @@ TIMES = (0.3, 0.5, 0.7, 0.9)  # at which proxy and teacher are asked about the s
 LAG = 60  # streams of addressed noise, one for each of them
 SHOWN, PROXY_STEPS = 8, 16  # pictures in a strip; steps of the proxy's own sampling
 EDGE = 2  # white pixels between pictures
+PROXY = "proxy"  # beside the branches' names in what a record keeps
 Decode = Callable[[Tensor], np.ndarray]
 
 
@@ -195,7 +199,7 @@ class Watcher:
 
     Attributes:
         record: what has been seen; belongs into the stage's checkpoints.
-        rolled_back: whether the averages are those of an earlier look. The proxy stays as the sick run left it.
+        rolled_back: whether averages and proxy are those of an earlier look.
     """
 
     def __init__(self, config: Config, held_out: HeldOut | None, stage: str, metrics: Path) -> None:
@@ -211,7 +215,7 @@ class Watcher:
         students: Mapping[str, nn.Module],
         averages: Mapping[str, EMA],
         student: Velocity,
-        proxy: Velocity,
+        proxy: SD3Transformer2DModel,
         teacher: Velocity,
     ) -> bool:
         """Look if it is time to; True when the stage is to end with the best average, which `averages` then hold.
@@ -220,7 +224,8 @@ class Watcher:
             seen: images so far.
             students, averages: by branch.
             student: velocity of the networks in `students`.
-            proxy, teacher: as in `look`.
+            proxy: its network, which goes back together with the averages.
+            teacher: as in `look`.
 
         Raises:
             health.Sick: the run is sick and the action is "stop".
@@ -228,7 +233,7 @@ class Watcher:
         if self.held_out is None or not self._due(seen):
             return False
         size = self.config.batch
-        knows = in_chunks(proxy, size) if self.config.proxy_target == "A" else None
+        knows = in_chunks(sd3.velocity(proxy, fast_dtype()), size) if self.config.proxy_target == "A" else None
         asked = replace(teacher, velocity=in_chunks(teacher.velocity, size)) if isinstance(teacher, Guided) else teacher
         with averaged(students, averages):
             figures, x0 = look(self.held_out, in_chunks(student, size), knows, asked, self.config.seed)
@@ -241,9 +246,10 @@ class Watcher:
         figures["drift"] = figures["marginal_last"] - first["marginal_last"]
         figures["trajectory_rise"] = figures["trajectory"] / max(first["trajectory"], 1e-12)
         flat = {f"{b}/{name}": value for b, average in averages.items() for name, value in average.average.items()}
+        flat |= {f"{PROXY}/{name}": value for name, value in proxy.state_dict().items()}
         self.record.close_look({"images": seen, **figures}, flat)
         strip(self.held_out, x0, knows, self.held_out.pictures / f"{self.stage}-{seen:07d}.png")
-        self.rolled_back = self._act(seen, averages)
+        self.rolled_back = self._act(seen, averages, proxy)
         if self.rolled_back:
             figures["rolled_back_to"] = self.nearest()["images"]
         Metrics(self.log, self.stage, seen - 1).write(seen, figures)
@@ -260,7 +266,7 @@ class Watcher:
             return False
         return looks > 0 and done in {round(k * updates / looks) for k in range(looks + 1)}
 
-    def _act(self, seen: int, averages: Mapping[str, EMA]) -> bool:
+    def _act(self, seen: int, averages: Mapping[str, EMA], proxy: SD3Transformer2DModel) -> bool:
         action = self.config.health.action
         found = health.judge(self.record.looks, self.bands, self.config.health.patience, to_dict(self.config))
         for verdict in found:
@@ -274,6 +280,7 @@ class Watcher:
             )
         for branch, average in averages.items():
             average.load_state_dict({n: self.record.best[f"{branch}/{n}"] for n in average.average})
+        proxy.load_state_dict({n: self.record.best[f"{PROXY}/{n}"] for n in proxy.state_dict()})
         print(f"{self.stage} rolls back to what it was at {self.nearest()['images']:,.0f} images and ends", file=sys.stderr)
         return True
 
