@@ -117,6 +117,23 @@ def show(path: tyro.conf.Positional[Path | None] = None, /) -> None:
     demonstration.show(path)
 
 
+@app.command
+def doctor(out: Path = Path("runs")) -> None:
+    """Look at this machine: environment, torch build, GPUs, memory, disk, hub login; then draw and check a few images.
+
+    Every finding that needs a hand comes with what mends it. Ends with code 1 when something hinders everything. Stays
+    offline.
+
+    Args:
+        out: where runs are to be written.
+    """
+    from fewstep.recipes import doctor as surgery
+
+    _prepare()
+    if not surgery.run(out):
+        raise SystemExit(1)
+
+
 def main() -> None:
     """Entry point. What a user can cause ends in one line and exit code 2; `FEWSTEP_DEBUG=1` shows the traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice on image processors is not for our users

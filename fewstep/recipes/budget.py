@@ -17,7 +17,7 @@ from fewstep.models import roles, sd3
 from fewstep.recipes import distil
 from fewstep.recipes.pipeline import Distillation
 
-SHARES = {"trajectories": 0.12, "trajectory": 0.34, "distribution": 0.24, "split": 0.05, "merge": 0.05, "evaluate": 0.20}
+SHARES = {"trajectories": 0.12, "trajectory": 0.40, "distribution": 0.21, "split": 0.04, "merge": 0.04, "evaluate": 0.19}
 WATCHED = 0.06  # at most this share looks at the student's health
 FIXED_S = 20.0  # opening models, writing artefacts, the report
 CAUTION = 0.9  # machines slow down; a demo should not overrun

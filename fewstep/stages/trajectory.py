@@ -42,7 +42,7 @@ class Config:
     teacher_substeps: int = 4
     ema_half_life_images: float = 2_000.0
     seed: int = 1
-    optim: Optim = field(default_factory=lambda: Optim(lr=3e-4, betas=(0.9, 0.99), warmup_images=640, final_lr_ratio=0.05))
+    optim: Optim = field(default_factory=lambda: Optim(lr=6e-4, betas=(0.9, 0.99), warmup_images=640, final_lr_ratio=0.05))
 
 
 def update(
