@@ -118,6 +118,51 @@ def show(path: tyro.conf.Positional[Path | None] = None, /) -> None:
 
 
 @app.command
+def adopt(
+    source: tyro.conf.Positional[str],
+    /,
+    out: Path,
+    base: str | None = None,
+    lora: Path | None = None,
+    lora_scale: float = 1.0,
+    guidance_scale: float = 4.5,
+    steps: int = 28,
+    t5_tokens: int = 256,
+) -> None:
+    """Make a teacher of an SD3 or SD3.5 model of your own: a hub id, a diffusers folder, or a single safetensors file.
+
+    fewstep adopt stabilityai/stable-diffusion-3.5-medium --out runs/teachers/medium
+    fewstep run shapes_4step --set teacher=runs/teachers/medium
+
+    Nothing is trained. Gated models need their licence accepted and `hf auth login`.
+
+    Args:
+        source: hub id, folder, or file.
+        out: folder of the teacher.
+        base: for a single file: hub id or folder that has what it lacks (text encoders, tokenizers, configurations).
+        lora: LoRA to merge into the weights.
+        lora_scale: how strongly.
+        guidance_scale: that the teacher is sampled with.
+        steps: that it is sampled with.
+        t5_tokens: how many tokens of a prompt T5 reads.
+    """
+    from fewstep.recipes import adopt as adoption
+
+    _prepare()
+    made = adoption.run(
+        source,
+        out,
+        base=base,
+        lora=lora,
+        lora_scale=lora_scale,
+        guidance_scale=guidance_scale,
+        steps=steps,
+        t5_tokens=t5_tokens,
+    )
+    print(f"{out} is a teacher: {len(made.grid) - 1} steps, guidance {made.guidance_scale:g}, weights {made.weights[:12]}")
+
+
+@app.command
 def doctor(out: Path = Path("runs")) -> None:
     """Look at this machine: environment, torch build, GPUs, memory, disk, hub login; then draw and check a few images.
 

@@ -22,6 +22,7 @@ MAKER: dict[str, str] = {
     "student": "merge",
 }
 RECORD = "artifact.json"
+HASHED_AT_ONCE = 2**24  # bytes: weights may be larger than memory
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ def weights_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.safetensors")):
         digest.update(path.relative_to(folder).as_posix().encode())
-        digest.update(path.read_bytes())
+        with path.open("rb") as file:
+            while chunk := file.read(HASHED_AT_ONCE):
+                digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -98,9 +101,13 @@ def read(folder: Path, kind: Kind | None = None) -> Artifact:
     path = folder / RECORD
     if not folder.is_dir():
         maker = f"stage `{MAKER[kind]}` makes it" if kind else "give a folder that `fewstep run` wrote"
+        maker += ", or `fewstep adopt` of a model of your own" if kind == "teacher" else ""
         raise ValueError(f"{folder} does not exist; {maker}")
     if not path.is_file():
-        raise ValueError(f"{folder} is not a fewstep artefact: {RECORD} is missing. Stages write one: fewstep run --help")
+        raise ValueError(
+            f"{folder} is not a fewstep artefact: {RECORD} is missing. `fewstep run` writes one; `fewstep adopt {folder} "
+            "--out DIR` makes a teacher of a diffusers folder"
+        )
     try:
         raw = json.loads(path.read_text())
         record = Artifact(**{**raw, "grid": tuple(raw["grid"])})
