@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before everything else
@@ -12,6 +13,9 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import pytest
 import torch
 from hypothesis import settings
+from tiny import Call
+
+from fewstep import cli
 
 # One thread: sums are added in one order, and the tiny networks of the tests are faster without a second.
 torch.set_num_threads(1)
@@ -38,3 +42,23 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import tiny_teacher
 
     return tiny_teacher(tmp_path_factory.mktemp("tiny") / "teacher")
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
+    """Run the command in this process, from an empty folder: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_prepare", lambda: None)  # the tests have their own number of threads
+    monkeypatch.delenv("FEWSTEP_DEBUG", raising=False)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fewstep", *map(str, words)])
+        capfd.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return (code, *capfd.readouterr())
+
+    return run

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,14 @@ import safetensors.torch
 import torch
 import yaml
 from safetensors import SafetensorError
-from tiny import tiny_pipe, tiny_recipe
+from tiny import Call, tiny_pipe, tiny_recipe
 
-from fewstep import cli
 from fewstep.data import trajectories
 from fewstep.engine import artifact
 from fewstep.engine.config import from_dict, to_dict
 from fewstep.recipes import RECIPES, budget, distil
 from fewstep.recipes.pipeline import build
 from fewstep.worlds.shapes import STUDENT_4, TEACHER
-
-Call = Callable[..., tuple[int, str, str]]
 
 TINY = {
     "distribution.adversary.heads": 2,
@@ -39,26 +35,6 @@ TINY = {
     "evaluate.per_task": "1",
     "evaluate.seeds": "1",
 }
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
-    """Run the command in this process, from an empty folder: exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_prepare", lambda: None)  # the tests have their own number of threads
-    monkeypatch.delenv("FEWSTEP_DEBUG", raising=False)
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fewstep", *map(str, words)])
-        capfd.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return (code, *capfd.readouterr())
-
-    return run
 
 
 def tiny(teacher: Path) -> list[str]:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.requirements import Requirement
+from tiny import Call
 
-from fewstep import cli, noise
+from fewstep import noise
 from fewstep.engine import artifact, doctor
 from fewstep.engine.doctor import Finding
 from fewstep.recipes import doctor as surgery
@@ -95,7 +96,7 @@ def test_the_bundled_teacher_draws_what_it_is_asked_for() -> None:
 
 
 def test_damaged_weights_and_a_broken_check_are_findings_and_end_with_code_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken() -> Iterator[Finding]:
         raise RuntimeError("illegal\ninstruction")
@@ -104,11 +105,8 @@ def test_damaged_weights_and_a_broken_check_are_findings_and_end_with_code_one(
     monkeypatch.setattr(doctor, "accelerators", broken)
     monkeypatch.setattr(surgery, "drawn_right", lambda: 0)
     monkeypatch.setattr(artifact, "weights_hash", lambda folder: "other")
-    monkeypatch.setattr(cli.sys, "argv", ["fewstep", "doctor", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    out = capsys.readouterr().out
-    assert ended.value.code == 1 and out.rstrip().endswith("to mend before fewstep works here")
+    code, out, _ = call("doctor", "--out", tmp_path)
+    assert code == 1 and out.rstrip().endswith("to mend before fewstep works here")
     assert "FAIL  accelerators    RuntimeError: illegal instruction" in out
     assert "FAIL  teacher         damaged or missing weights" in out and "FAIL  drawing" in out
     assert "ok    Python" in out and "disk" in out

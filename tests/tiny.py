@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fewstep.recipes.pipeline import Distillation
 from fewstep.stages import adversary, autoencoder, distribution, evaluate, merge, split, trajectory
 from fewstep.worlds.shapes.architecture import MAX_TOKENS, Architecture, build
 
+Call = Callable[..., tuple[int, str, str]]  # a command in this process: exit code, stdout, stderr
 SIZES = Architecture(
     width=64, layers=2, dual_layers=1, clip_l_width=32, clip_g_width=32, t5_width=64, encoder_layers=2
 )
