@@ -23,7 +23,7 @@ RESULTS, DATA = ROOT / "docs" / "RESULTS.md", ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- table: written by benchmarks/ablation.py --write -->", "<!-- end of table -->"
 DRAWS = 2_000
 COLUMNS = ("arm", "runs", "strict", "against", "geneval", "MMD to teacher", "MMD to truth")
-COLUMNS += ("attributes", "variety", "states")
+COLUMNS += ("attributes", "variety", "states, 1e-6")
 
 
 def _load(path: Path) -> Outcome:
@@ -133,7 +133,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     for r in rows:
         attributes = r["histograms_truth"]
         mean = {k: float(np.mean([a[k] for a in attributes.values()])) for k in ("mean", "lo", "hi")}
-        states = "–" if r["marginals"] is None else ", ".join(f"{1000 * m:.0f}" for m in r["marginals"])
+        states = "–" if r["marginals"] is None else ", ".join(f"{1e6 * m:.0f}" for m in r["marginals"])
         varied = "–" if r["diversity"] is None else f"{r['diversity']:.2f}"
         trained = "–" if r["arm"] not in _trained(rows) else str(r["runs"])
         name = r["arm"].replace("_", " ") + (" (re-noised)" if r["renoise"] else "")
