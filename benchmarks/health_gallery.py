@@ -194,7 +194,8 @@ INTRODUCTION = (
     "",
     "What `fewstep` says of runs that were broken on purpose. Each row of pictures: the student, the teacher, and what the",
     "proxy takes for the student, from the same latents on held-out prompts. Every run starts from one student after",
-    f"trajectory guidance and takes {UPDATES} updates of stage `distribution`. Made by `benchmarks/health_gallery.py`.",
+    f"trajectory guidance and takes {UPDATES} updates of stage `distribution`. After so few, most pictures still look like",
+    "those of the healthy run: figures tell before eyes can. Made by `benchmarks/health_gallery.py`.",
 )
 
 

@@ -131,10 +131,10 @@ def adopt(
 ) -> None:
     """Make a teacher of an SD3 or SD3.5 model of your own: a hub id, a diffusers folder, or a single safetensors file.
 
-    fewstep adopt stabilityai/stable-diffusion-3.5-medium --out runs/teachers/medium
-    fewstep run shapes_4step --set teacher=runs/teachers/medium
+    For example: fewstep adopt stabilityai/stable-diffusion-3.5-medium --out runs/teachers/medium
 
-    Nothing is trained. Gated models need their licence accepted and `hf auth login`.
+    Nothing is trained. Gated models need their licence accepted and `hf auth login`. Recipes take the folder as
+    `--set teacher=DIR`; those that exist so far are made for the bundled world and its sizes, not for SD3.5 itself.
 
     Args:
         source: hub id, folder, or file.

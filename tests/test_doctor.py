@@ -29,11 +29,11 @@ def test_what_the_package_requires_is_looked_at_but_not_what_its_tests_do() -> N
 
 
 def test_a_library_that_is_missing_or_old() -> None:
-    missing = doctor.library(Requirement("no-such-library>=2.0"))
+    missing = doctor.installed(Requirement("no-such-library>=2.0"))
     assert missing == ("FAIL", "no-such-library", "missing", "pip install 'no-such-library>=2.0'")
-    extra = doctor.library(Requirement("no-such-library>=2.0"), "data")
+    extra = doctor.installed(Requirement("no-such-library>=2.0"), "data")
     assert extra == ("note", "no-such-library", "missing (extra data)", "pip install 'fewstep[data]'")
-    old = doctor.library(Requirement("numpy>=999"))
+    old = doctor.installed(Requirement("numpy>=999"))
     assert old.state == "FAIL" and old.found.endswith(">=999 is needed") and old.fix == "pip install 'numpy>=999'"
 
 

@@ -49,10 +49,10 @@ def environment() -> Iterator[Finding]:
         extra = re.search(r"extra == ['\"](\w+)['\"]", text)
         if extra and extra[1] == "dev":
             continue
-        yield library(requirement, extra[1] if extra else "")
+        yield installed(requirement, extra[1] if extra else "")
 
 
-def library(requirement: Requirement, extra: str = "") -> Finding:
+def installed(requirement: Requirement, extra: str = "") -> Finding:
     """Whether a library is there in a version that works; those of an extra are only noted."""
     bad: State = "note" if extra else "FAIL"
     fix = f"pip install 'fewstep[{extra}]'" if extra else f"pip install '{requirement.name}{requirement.specifier}'"
