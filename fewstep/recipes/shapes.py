@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from fewstep.grids import STUDENT_GRIDS
 from fewstep.recipes.pipeline import Distillation, TeacherTraining
-from fewstep.stages import evaluate, trajectory
+from fewstep.stages import evaluate
 
 
 def shapes_4step() -> Distillation:
-    """The bundled teacher to 4 steps, guided by 8 steps of it, as good on selection prompts as 16 (docs/LOG.md)."""
-    return Distillation(
-        name="shapes_4step", grid=STUDENT_GRIDS[4], trajectory=trajectory.Config(teacher_substeps=2)
-    )
+    """The bundled teacher to 4 steps."""
+    return Distillation(name="shapes_4step", grid=STUDENT_GRIDS[4])
 
 
 def shapes_2step() -> Distillation:
