@@ -34,6 +34,7 @@ from fewstep.recipes import distil, execute
 from fewstep.recipes.arms import teacher_arms
 from fewstep.recipes.layout import FOLDER
 from fewstep.recipes.pipeline import Distillation, build
+from fewstep.recipes.teacher import open_for
 from fewstep.report import page
 from fewstep.solvers import renoising_rollout, rollout
 from fewstep.stages import evaluate, split, watch
@@ -138,7 +139,7 @@ def run_cell(out: Path, arm: str, steps: int, run: int, quick: bool) -> Path:
 @torch.no_grad()
 def measure(pipeline: Distillation, cell: Path, student: Path, reference: Path) -> dict[str, Any]:
     """Outcome of a student on the report prompts, and the distance of its states from the teacher's on held-out ones."""
-    teacher, made = distil.open_teacher(distil.teacher_folder(pipeline)), artifact.read(student)
+    teacher, made = open_for(pipeline, cell), artifact.read(student)
     velocity = sd3.velocity(sd3.load(student).transformer, fast_dtype())
     renoise = pipeline.distribution.rollout == "sde"  # sampled as it was trained
     arm = evaluate.Arm(STUDENT, made.grid, made.guidance_scale, velocity, made.weights, renoise)

@@ -36,9 +36,10 @@ from fewstep.objectives import distribution as objective
 from fewstep.recipes import distil, execute, shapes
 from fewstep.recipes.layout import FOLDER, METRICS
 from fewstep.recipes.pipeline import Distillation
-from fewstep.stages import distribution
+from fewstep.recipes.teacher import open_for
+from fewstep.stages import distribution, refinement
 
-UPDATES, LOOKS = 64, 4
+UPDATES, LOOKS = 160, 4
 HEALTHY = ("healthy_seed_1", "healthy_seed_2", "healthy_seed_3")  # what bands are recorded from
 UNSEEN = "healthy"  # one more, which bands have not seen
 # Two broken runs leave trajectory guidance out, which hides what they do; this one leaves out nothing else.
@@ -142,7 +143,7 @@ def refine(pipeline: Distillation, out: Path, name: str, given: Given, start: An
     assert given.held_out is not None
     watched = replace(given, held_out=replace(given.held_out, pictures=folder / health.PICTURES))
     with objective_is(loss):
-        distribution.run(pipeline.distribution, start, watched, folder / "work", folder / METRICS)
+        refinement.run(pipeline.distribution, start, watched, folder / "work", folder / METRICS)
     (folder / "settings.json").write_text(json.dumps(to_dict(pipeline.distribution)))
     shutil.rmtree(folder / "work", ignore_errors=True)
     (folder / "done").touch()
@@ -226,7 +227,7 @@ def main() -> None:
     sd3.quiet()
     pipeline = recipe(args.trajectories, args.images)
     execute.run(pipeline, args.out, "trajectory")
-    teacher = distil.open_teacher(distil.teacher_folder(pipeline))
+    teacher = open_for(pipeline, args.out)
     start = sd3.load(args.out / FOLDER["trajectory"]).transformer
     given = distil.given(pipeline, args.out, teacher, teacher.pipe.transformer, pipeline.distribution.seed)
     for seed, name in enumerate((*HEALTHY, UNSEEN), start=1):

@@ -134,7 +134,7 @@ def adopt(
     For example: fewstep adopt stabilityai/stable-diffusion-3.5-medium --out runs/teachers/medium
 
     Nothing is trained. Gated models need their licence accepted and `hf auth login`. Recipes take the folder as
-    `--set teacher=DIR`; those that exist so far are made for the bundled world and its sizes, not for SD3.5 itself.
+    `--set teacher=DIR`; those of SD3.5 look in runs/teachers/sd35_medium and runs/teachers/sd35_large by themselves.
 
     Args:
         source: hub id, folder, or file.

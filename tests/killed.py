@@ -1,4 +1,4 @@
-"""Run a recipe and be killed (SIGKILL) at a chosen call: `python killed.py TEACHER OUT STEPS PLACE CALL`."""
+"""Run a recipe and be killed (SIGKILL) at a chosen call: `python killed.py TEACHER OUT STEPS PLACE CALL [full|lora]`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fewstep.data import trajectories
 from fewstep.engine import checkpoint
 from fewstep.engine.loop import train
 from fewstep.evaluate import outcomes
+from fewstep.models import roles
 from fewstep.recipes import execute
 from fewstep.stages import distribution, merge, trajectory
 
@@ -48,7 +49,7 @@ def dying(call: Callable[..., Any], at: int) -> Callable[..., Any]:
     return counted
 
 
-def main(teacher: str, out: str, steps: str, place: str, call: str) -> None:
+def main(teacher: str, out: str, steps: str, place: str, call: str, trained: Any = "full") -> None:
     """Checkpoint after every update, and die."""
     torch.set_num_threads(1)
     assert train.__kwdefaults__ is not None
@@ -56,7 +57,8 @@ def main(teacher: str, out: str, steps: str, place: str, call: str) -> None:
     trajectories.SHARD = SHARD
     owner, name = PLACES[place]
     setattr(owner, name, dying(getattr(owner, name), int(call)))
-    execute.run(tiny_recipe(Path(teacher), int(steps)), Path(out))
+    made = roles.FULL if trained == "full" else roles.Config(trained=trained, rank=4)
+    execute.run(tiny_recipe(Path(teacher), int(steps), roles=made), Path(out))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from fewstep.conditioning import TextCond
 from fewstep.engine import artifact
 from fewstep.grids import shifted_grid
 from fewstep.models import sd3, single_file, sources
-from fewstep.recipes import adopt, distil
+from fewstep.recipes import adopt
+from fewstep.recipes.teacher import open_teacher
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_a_folder_is_adopted_without_taking_space_and_opens_everywhere(folder: P
     weights = Path("transformer") / "diffusion_pytorch_model.safetensors"
     assert (out / weights).samefile(folder / weights)
     StableDiffusion3Pipeline.from_pretrained(out)
-    teacher = distil.open_teacher(out)
+    teacher = open_teacher(out)
     x, t, _ = asked()
     cond = teacher.encode(["a red circle", "a blue square"])
     expected = sd3.velocity(sd3.load(folder).transformer)(x, t, cond)

@@ -18,7 +18,7 @@ from tiny import Call, tiny_pipe, tiny_recipe
 from fewstep.data import trajectories
 from fewstep.engine import artifact
 from fewstep.engine.config import from_dict, to_dict
-from fewstep.recipes import RECIPES, budget, distil
+from fewstep.recipes import RECIPES, budget, teacher
 from fewstep.recipes.pipeline import build
 from fewstep.worlds.shapes import STUDENT_4, TEACHER
 
@@ -115,7 +115,7 @@ def test_a_folder_that_cannot_be_written(
 ) -> None:
     (tmp_path / "file").write_text("mine")
     if command == "demo":
-        monkeypatch.setattr(distil, "TEACHER", teacher_folder)
+        monkeypatch.setattr(teacher, "TEACHER", teacher_folder)
         monkeypatch.setattr(budget, "measure", lambda *_: budget.Speed(1e3, 1e3, 1e3))
         monkeypatch.setattr(budget, "fit", lambda *_: tiny_recipe(Path("bundled"), 4))
         words = ["demo", "--out", "file/run"]
@@ -161,7 +161,7 @@ def test_changed_settings_in_a_begun_folder(call: Call, tmp_path: Path, teacher_
     assert call(*words)[0] == 0
     before = {p: p.read_bytes() for p in (tmp_path / "o").rglob("*") if p.is_file()}
     line = refused(call, *words, "--set", "distribution.trajectory_weight=0.1")
-    assert "o was begun with distribution.trajectory_weight = 0.3, now it is 0.1" in line
+    assert "o was begun with distribution.trajectory_weight = 0.05, now it is 0.1" in line
     assert "02-trajectory" in str(sorted(before)) and before == {p: p.read_bytes() for p in before}
     line = refused(call, "run", "shapes_2step", *tiny(teacher_folder), "--stage", "evaluate", "--out", "o")
     assert "05-merge does not exist; stage `merge` makes it" in line
@@ -237,7 +237,7 @@ def test_show_recipes_artefacts_and_runs(call: Call, tmp_path: Path, teacher_fol
 def test_the_demo_fits_itself_into_minutes_and_goes_on_as_it_was_begun(
     call: Call, tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distil, "TEACHER", teacher_folder)
+    monkeypatch.setattr(teacher, "TEACHER", teacher_folder)
     monkeypatch.setattr(budget, "measure", lambda *_: budget.Speed(1.0, 1.0, 1.0))  # so slow that all is least
     fit = budget.fit
 

@@ -12,7 +12,7 @@ from fewstep.models import roles
 
 def test_a_trainable_copy_is_another_network_with_the_same_weights() -> None:
     teacher = tiny_pipe().transformer.half()
-    student = roles.trainable_copy(teacher)
+    student = roles.trainable(teacher, roles.Config(), 0)
     assert not student.training
     for (name, a), b in zip(teacher.named_parameters(), student.parameters(), strict=True):
         assert b.requires_grad and b.dtype == torch.float32 and not a.requires_grad, name

@@ -33,7 +33,7 @@ def points():
 
 
 def adversary(pipe, **changes) -> Adversary:
-    made = Adversary(replace(CONFIG, **changes), roles.trainable_copy(pipe.transformer), seed=7)
+    made = Adversary(replace(CONFIG, **changes), roles.trainable(pipe.transformer, roles.Config(), 0), seed=7)
     with torch.no_grad():  # fresh heads say nothing; these say something
         for head in made.heads:
             head.out.weight.normal_(generator=torch.Generator().manual_seed(1))  # type: ignore[union-attr]

@@ -21,7 +21,7 @@ from fewstep.models import roles, sd3
 from fewstep.objectives.distribution import PRESETS
 from fewstep.objectives.proxy import STAGE_PRESETS
 from fewstep.solvers import Trajectory, rollout
-from fewstep.stages import adversary, distribution, matching, split
+from fewstep.stages import adversary, distribution, matching, refinement, split
 from fewstep.stages.distribution import PICK, RENOISE, TAU, Config, proxy_update, student_update
 
 CONFIG = Config(
@@ -38,7 +38,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture
 def networks(world: World) -> tuple[Any, Any]:
-    student, proxy = (roles.trainable_copy(world.pipe.transformer) for _ in range(2))
+    student, proxy = (roles.trainable(world.pipe.transformer, roles.Config(), 0) for _ in range(2))
     with torch.no_grad():  # a proxy that is the teacher would leave nothing to learn without guidance
         proxy.proj_out.bias.add_(0.5)
     return student, proxy
@@ -122,7 +122,7 @@ def test_streams_of_noise_are_apart() -> None:
 
 
 def train(world: World, folder: Path, config: Config) -> nn.Module:
-    return distribution.run(config, world.pipe.transformer, given(world), folder, folder / "m.jsonl").students["student"]
+    return refinement.run(config, world.pipe.transformer, given(world), folder, folder / "m.jsonl").students["student"]
 
 
 def given(world: World) -> distribution.Given:
@@ -156,7 +156,7 @@ def test_the_proxy_learns_the_students_samples(world: World, networks, cond) -> 
 def test_the_student_moves_from_the_proxy_to_the_teacher(world: World, networks, cond) -> None:
     """Student and proxy are off by the same constant: matching takes the student back to the plain teacher."""
     _, proxy = networks
-    student, plain = roles.trainable_copy(proxy), sd3.velocity(world.pipe.transformer, torch.bfloat16)
+    student, plain = roles.trainable(proxy, roles.Config(), 0), sd3.velocity(world.pipe.transformer, torch.bfloat16)
     optimizer = Optimizer(student.named_parameters(), Optim(lr=2e-5, betas=(0.9, 0.99)))
     x, t = world.stored.x[:4, 0], torch.ones(4)
 
@@ -280,7 +280,8 @@ def test_rollouts_start_the_step_where_they_say(world: World, cond) -> None:
     def made(rollout_: str, rows: range = ROWS) -> tuple[Trajectory, torch.Tensor, bool]:
         config = replace(CONFIG, anchor="end", rollout=rollout_)
         path = distribution.student_rollout(state, config, shape, GRID, cond, rows)
-        x, c = distribution.step_input(config, given(world), path, 1, cond, real, rows)
+        mixed = bool(noise.uniform((), seed=config.seed, index=rows[:1], step=distribution.MIX) < 0.5)
+        x, c = distribution.step_input(config, path, 1, cond, real, rows, mixed)
         return path, x, c is real[1]
 
     (own, x, data), (sde, y, _), (_, z, noised) = made("deterministic"), made("sde"), made("noised_data")

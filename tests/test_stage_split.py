@@ -98,8 +98,8 @@ def test_merged_weights_lie_between_the_branches() -> None:
 
 def test_candidates_are_named_by_their_ratio(branches) -> None:
     config = merge.Config(ratios=(0.0, 0.25))
-    start = roles.trainable_copy(branches["low"])
-    made = merge.candidates(config, start, branches["low"], branches["high"])
+    start = roles.trainable(branches["low"], roles.Config(), 0)
+    made = {name: merge.candidate(name, start, branches["low"], branches["high"]) for name in merge.names(config)}
     assert [*made] == ["a_0", "a_0.25", "sum"]
     pairs = zip(made["a_0"].parameters(), branches["high"].parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)

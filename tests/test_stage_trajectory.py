@@ -57,9 +57,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def test_gradient_reaches_the_student_alone(world: World) -> None:
-    student, teacher = roles.trainable_copy(world.pipe.transformer), world.pipe.transformer
+    student, teacher = roles.trainable(world.pipe.transformer, roles.Config(), 0), world.pipe.transformer
     rows, steps = torch.tensor([0, 3, 9]), torch.tensor([0, 1, 0])
-    losses = trajectory.update(student, world.stored, world.cond, rows, steps)
+    losses = trajectory.update(student, world.stored, world.cond[rows], rows, steps)
     losses.mean().backward()
     assert losses.shape == (3,)
     reached = [n for n, p in student.named_parameters() if p.grad is not None and float(p.grad.abs().sum()) > 0]
@@ -69,9 +69,9 @@ def test_gradient_reaches_the_student_alone(world: World) -> None:
 
 
 def test_every_sample_has_the_loss_of_its_own_trajectory_step_and_prompt(world: World) -> None:
-    student = roles.trainable_copy(world.pipe.transformer)
+    student = roles.trainable(world.pipe.transformer, roles.Config(), 0)
     rows, steps = torch.tensor([4, 1]), torch.tensor([1, 0])
-    losses = trajectory.update(student, world.stored, world.cond, rows, steps)
+    losses = trajectory.update(student, world.stored, world.cond[rows], rows, steps)
     for loss, row, step in zip(losses, rows.tolist(), steps.tolist(), strict=True):
         x, target = world.stored.pair(torch.tensor([row]), torch.tensor([step]))
         cond = world.encode([world.stored.prompts[row]])

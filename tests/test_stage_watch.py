@@ -20,7 +20,7 @@ from fewstep.engine.ema import EMA
 from fewstep.engine.log import read_metrics
 from fewstep.engine.optim import Optim
 from fewstep.models import roles, sd3
-from fewstep.stages import distribution, watch
+from fewstep.stages import distribution, refinement, watch
 from fewstep.stages.watch import HeldOut
 
 WATCHED = replace(CONFIG, images=32, health=health.Config(looks=2))
@@ -45,7 +45,7 @@ def watched(world: World, held_out: HeldOut) -> distribution.Given:
 
 
 def train(world: World, held_out: HeldOut, folder: Path, config: distribution.Config) -> Any:
-    state = distribution.run(config, world.pipe.transformer, watched(world, held_out), folder, folder / "m.jsonl")
+    state = refinement.run(config, world.pipe.transformer, watched(world, held_out), folder, folder / "m.jsonl")
     return state.students["student"], state
 
 
@@ -102,7 +102,7 @@ def test_updates_give_balance_of_steps_and_means() -> None:
 
 
 def test_students_hold_their_averages_inside_and_themselves_outside(world: World) -> None:
-    student = roles.trainable_copy(world.pipe.transformer)
+    student = roles.trainable(world.pipe.transformer, roles.Config(), 0)
     average = EMA({"student": student}, 10.0)
     with torch.no_grad():
         student.proj_out.bias.add_(1.0)
@@ -139,7 +139,7 @@ def test_what_has_no_meaning_is_not_measured(world: World, held_out: HeldOut, tm
 def test_looking_leaves_training_as_it_is_and_writes_what_it_sees(world: World, held_out: HeldOut, tmp_path: Path) -> None:
     seen, state = train(world, held_out, tmp_path / "a", WATCHED)
     log = tmp_path / "b" / "m.jsonl"
-    blind = distribution.run(WATCHED, world.pipe.transformer, given(world), tmp_path / "b", log)
+    blind = refinement.run(WATCHED, world.pipe.transformer, given(world), tmp_path / "b", log)
     for a, b in ((seen, blind.students["student"]), (state.proxy, blind.proxy)):
         assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     rows = read_metrics(tmp_path / "a" / health.LOG)
@@ -197,7 +197,7 @@ def test_a_watched_run_resumes_to_the_same_bit_and_does_not_look_twice(world: Wo
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distribution, "update", killed)
-        patch.setattr(distribution, "train", partial(distribution.train, checkpoint_every_s=0.0))
+        patch.setattr(refinement, "train", partial(refinement.train, checkpoint_every_s=0.0))
         with pytest.raises(Killed):
             train(world, held_out, tmp_path / "parts", WATCHED)
     rest, _ = train(world, held_out, tmp_path / "parts", WATCHED)
@@ -209,7 +209,9 @@ def test_a_watched_run_resumes_to_the_same_bit_and_does_not_look_twice(world: Wo
 def test_held_out_prompts_are_not_trained_on() -> None:
     own = [f"prompt {i}" for i in range(1, 31)]
     held, at = prompts.held_out(own, 99), prompts.source(own, 0)
-    assert held == ["prompt 10", "prompt 20", "prompt 30"] and not {at(k) for k in range(27 * 3)} & {*held}
+    shown = prompts.reported(own, 99)
+    assert held == ["prompt 10", "prompt 30"] and shown == ["prompt 20"]
+    assert not {at(k) for k in range(27 * 3)} & {*held, *shown}
     assert len({at(k) for k in range(27)}) == 27
     of_world = prompts.held_out(None, 12)
     assert len(set(of_world)) == 12

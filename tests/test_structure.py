@@ -161,6 +161,7 @@ SETTINGS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("distribution", "adversary"): ("stages.adversary.Config",),
     ("distribution", "health"): ("engine.health.Config",),
     ("split",): ("stages.split.Config",),
+    ("roles",): ("models.roles.Config",),
     ("merge",): ("stages.merge.Config",),
     ("teacher",): ("stages.teacher.Config",),
     ("evaluate",): ("stages.evaluate.Config",),

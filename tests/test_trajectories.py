@@ -122,7 +122,7 @@ def test_shards_hold_no_more_than_they_say(tmp_path: Path) -> None:
 
 def test_pair_divides_by_the_length_of_the_step() -> None:
     x = torch.tensor([[[1.0], [2.0], [8.0]]])
-    stored = Trajectories(x, ["a"], GRID)
+    stored = Trajectories((x,), ["a"], GRID)
     _, target = stored.pair(torch.tensor([0, 0]), torch.tensor([0, 1]))
     assert target[:, 0].tolist() == pytest.approx([1.0 / -0.25, 6.0 / -0.75])
 

@@ -32,17 +32,30 @@ def source(own: Sequence[str] | None, seed: int) -> Callable[[int], str]:
 
 
 def held_out(own: Sequence[str] | None, count: int) -> list[str]:
-    """At most `count` prompts that a run is watched with.
+    """At most `count` prompts that a run is watched with, and that something may be chosen by.
 
     Selection prompts of the shapes world, tasks in turn (never those of the report; training meets the same requests with
-    other noise); or every tenth of one's own, which training never sees. A list of fewer than ten holds out nothing, and
-    its own prompts are given.
+    other noise); or every twentieth of one's own, which training never sees. A list of fewer than ten holds out nothing,
+    and its own prompts are given.
     """
     if own is None:
         tasks = [protocol_prompts("select", count, (task,)) for task in GENEVAL_TASKS]
         in_turn = [of_task[k].text for k in range(count) for of_task in tasks if k < len(of_task)]
         return in_turn[:count]
-    return list(own[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or own)[:count]
+    return list(own[HELD_OUT_EVERY - 1 :: 2 * HELD_OUT_EVERY] or own)[:count]
+
+
+def reported(own: Sequence[str] | None, count: int) -> list[str]:
+    """At most `count` prompts for pictures in a report: nothing was trained on them or chosen by them.
+
+    Report prompts of the shapes world, tasks in turn; or the other half of the held-out ones of a list. A list of fewer than
+    twenty has none, and gives those that it is watched with.
+    """
+    if own is None:
+        tasks = [protocol_prompts("report", count, (task,)) for task in GENEVAL_TASKS]
+        in_turn = [of_task[k].text for k in range(count) for of_task in tasks if k < len(of_task)]
+        return in_turn[:count]
+    return list(own[2 * HELD_OUT_EVERY - 1 :: 2 * HELD_OUT_EVERY])[:count] or held_out(own, count)
 
 
 def _shapes(rng: np.random.Generator) -> str:

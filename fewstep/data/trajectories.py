@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep import noise
@@ -29,11 +30,33 @@ INITIAL = 0  # stream of the initial noise
 
 @dataclass(frozen=True)
 class Trajectories:
-    """States (K, S + 1, 16, H, W), float32, at the S + 1 grid points, and the prompts they were made for."""
+    """States at the S + 1 grid points, and the prompts they were made for.
 
-    x: Tensor
+    Attributes:
+        shards: float32 (n, S + 1, 16, H, W), the last one perhaps shorter; they stay on the disk until they are looked at.
+        prompts: of all K trajectories.
+        grid: the S + 1 times.
+    """
+
+    shards: tuple[Tensor, ...]
     prompts: list[str]
     grid: tuple[float, ...]
+
+    @property
+    def x(self) -> Tensor:
+        """All states (K, S + 1, 16, H, W) in memory: for sets that are small."""
+        return torch.cat(self.shards)
+
+    @property
+    def latent_shape(self) -> torch.Size:
+        """(16, H, W)."""
+        return self.shards[0].shape[2:]
+
+    def state(self, rows: Tensor, steps: Tensor) -> Tensor:
+        """States (B, 16, H, W) of trajectories `rows` (B,) at grid points `steps` (B,)."""
+        size = len(self.shards[0])
+        found = zip(rows.tolist(), steps.tolist(), strict=True)
+        return torch.stack([self.shards[row // size][row % size, step] for row, step in found])
 
     def pair(self, rows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Input and target of student steps: x_i and the teacher's average velocity to the next grid point.
@@ -46,7 +69,7 @@ class Trajectories:
             x_i (B, 16, H, W) and target of the same shape, as `objectives.trajectory.target` gives it.
         """
         grid = torch.tensor(self.grid)
-        x_i, x_next = self.x[rows, steps], self.x[rows, steps + 1]
+        x_i, x_next = self.state(rows, steps), self.state(rows, steps + 1)
         return x_i, (x_next - x_i) / expand_t(grid[steps + 1] - grid[steps], x_i)
 
 
@@ -111,17 +134,15 @@ def read(folder: Path, count: int, grid: tuple[float, ...]) -> Trajectories:
     Raises:
         ValueError: when shards are missing, or were made for another grid.
     """
-    from safetensors import safe_open
-
     states, prompts = [], []
     for first in range(0, count, SHARD):
         path = folder / f"{first:07d}-{min(SHARD, count - first):03d}.safetensors"
         if not path.exists():
             raise ValueError(f"{path} is missing: stage `trajectory` makes it; run the same command again")
         with safe_open(path, "pt") as file:
-            made_for = file.metadata()
+            made_for, x = file.metadata(), file.get_tensor("x")  # mapped into memory, not read
         if tuple(json.loads(made_for["grid"])) != grid:
             raise ValueError(f"{path} was made for the grid {made_for['grid']}, not {list(grid)}; choose another --out")
-        states.append(load_file(path)["x"])
+        states.append(x)
         prompts += json.loads(made_for["prompts"])
-    return Trajectories(torch.cat(states), prompts, grid)
+    return Trajectories(tuple(states), prompts, grid)

@@ -12,6 +12,12 @@ from fewstep.engine.log import Metrics, Progress
 Step = Callable[[int], Mapping[str, float]]
 
 
+def microbatches(rows: range, size: int) -> list[range]:
+    """A batch in parts of at most `size` rows; 0 leaves it whole."""
+    size = size or len(rows)
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
 def train(
     step: Step,
     parts: Mapping[str, checkpoint.Stateful],

@@ -1,19 +1,116 @@
-"""Teacher, student and proxy: full copies of one transformer, each with its own claim on gradients."""
+"""Teacher, student and proxy: copies of one transformer, or adapters on it, each with its own claim on gradients."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from diffusers import SD3Transformer2DModel
-from torch import nn
+from torch import Tensor, nn
+
+from fewstep.models import adapters
 
 
-def trainable_copy(transformer: SD3Transformer2DModel) -> SD3Transformer2DModel:
-    """A copy that is trained: float32 weights, gradients on, evaluation mode (SD3 has no dropout)."""
-    return copy.deepcopy(transformer).float().requires_grad_(True).eval()
+@dataclass(frozen=True)
+class Config:
+    """What of the networks is trained, and how their memory is saved.
+
+    Attributes:
+        trained: "full": all weights, student and proxy are float32 copies of the teacher; "lora": adapters, on the teacher's
+            own frozen weights, which then lie in memory once.
+        rank: of the adapters.
+        checkpointing: compute blocks once more on the way back instead of keeping what they made: about a third more
+            time, a fraction of the memory.
+        frozen_dtype: of weights that are not trained.
+        device: where networks compute: "auto" is the GPU if there is one.
+    """
+
+    trained: Literal["full", "lora"] = "full"
+    rank: int = 64
+    checkpointing: bool = False
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"roles.rank must be at least 1, got {self.rank}")
+        try:
+            torch.device("cpu" if self.device == "auto" else self.device)
+        except RuntimeError:
+            raise ValueError(f"roles.device = {self.device!r} is no device; give auto, cpu, cuda or cuda:1") from None
+
+    @property
+    def place(self) -> torch.device:
+        """The device itself.
+
+        Raises:
+            ValueError: it is not on this machine.
+        """
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(self.device)
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise ValueError(f"roles.device = {self.device}: torch sees {count} GPUs here; `fewstep doctor` says more")
+        return device
+
+
+FULL = Config()
+
+
+def trainable(network: SD3Transformer2DModel, config: Config, seed: int) -> SD3Transformer2DModel:
+    """What a student or a proxy starts from: `network`, made trainable; evaluation mode (SD3 has no dropout).
+
+    Full: a copy in float32. LoRA: the same frozen weights, with a copy of the adapters that `network` has, or new ones
+    that change nothing yet.
+
+    Args:
+        network: where it starts; left as it is.
+        config: settings.
+        seed: of new adapters.
+    """
+    if config.trained == "full":
+        made = copy.deepcopy(network).float().requires_grad_(True)
+    else:
+        made = adapters.share(network)
+        if adapters.has(made):
+            adapters.release(made)
+        else:
+            adapters.add(made, config.rank, seed)
+    if config.checkpointing:
+        made.enable_gradient_checkpointing()
+    return made.eval()
+
+
+class Trained:
+    """What is trained of a network, for a checkpoint: what is frozen lies on disk already."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def _own(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The trained weights, by name."""
+        return {name: p.detach() for name, p in self._own().items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` gave.
+
+        Raises:
+            ValueError: other weights are trained now.
+        """
+        own = self._own()
+        if own.keys() != state.keys():
+            raise ValueError("the checkpoint holds other weights than are trained now; choose another --out")
+        for name, weight in state.items():
+            own[name].copy_(weight)
 
 
 @torch.no_grad()

@@ -2,6 +2,10 @@
 
 The `StableDiffusion3Pipeline` object is only a container here: its parts are called directly, so that a batch, a time
 and a gradient are ours to choose. `encode` gives what the stock pipeline's `encode_prompt` gives (tested).
+
+Devices matter in this file alone. A network computes where its weights are; what it is given is brought there, and what
+comes out is brought back to where the latents were. States, conditions and noise stay on the CPU: they are small beside
+what happens inside a network.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import ModelMixin, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -22,12 +26,20 @@ from transformers.utils import logging as transformers_logging
 from fewstep.conditioning import EncoderOutputs, TextCond, assemble
 from fewstep.flow import Velocity
 
-NETWORKS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+NETWORKS = ("transformer", "vae", *ENCODERS)
 TRAIN_TIMESTEPS = 1000.0  # the network's time input is 1000 t
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> StableDiffusion3Pipeline:
+def load(
+    folder: Path, dtype: torch.dtype = torch.float32, without: Sequence[str] = ()
+) -> StableDiffusion3Pipeline:
     """Open a diffusers pipeline folder, frozen and in evaluation mode.
+
+    Args:
+        folder: the folder.
+        dtype: of the weights in memory.
+        without: networks that are not opened.
 
     Raises:
         ValueError: when the folder is not an SD3 pipeline; says what is missing.
@@ -39,8 +51,9 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> StableDiffusion3Pi
             "`fewstep run` wrote (runs/<name>/<stage>)"
         )
     quiet()
+    left_out: dict[str, Any] = dict.fromkeys(without)
     try:
-        pipe = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        pipe = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **left_out)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder} does not open as StableDiffusion3Pipeline: {error}") from error
     for name in NETWORKS:
@@ -55,21 +68,34 @@ def velocity(transformer: nn.Module | Callable[..., Any], autocast: torch.dtype 
 
     Args:
         transformer: an `SD3Transformer2DModel`, or a compiled one.
-        autocast: run the network under autocast of this type; None computes as the weights are stored.
+        autocast: run the network under autocast of this type; None computes in the type of the weights.
     """
 
     def call(x_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
-        with torch.autocast(x_t.device.type, autocast) if autocast else nullcontext():
+        device, compute = place(transformer, x_t), autocast or narrow(transformer)
+        with torch.autocast(device.type, compute) if compute else nullcontext():
             out = transformer(
-                hidden_states=x_t,
-                timestep=t.float() * TRAIN_TIMESTEPS,
-                encoder_hidden_states=cond.tokens,
-                pooled_projections=cond.pooled,
+                hidden_states=x_t.to(device),
+                timestep=(t.float() * TRAIN_TIMESTEPS).to(device),
+                encoder_hidden_states=cond.tokens.to(device),
+                pooled_projections=cond.pooled.to(device),
                 return_dict=False,
             )[0]
-        return out.float()
+        return out.float().to(x_t.device)
 
     return call
+
+
+def place(network: nn.Module | Callable[..., Any], otherwise: Tensor) -> torch.device:
+    """Where a network computes; a callable that is no network, where `otherwise` is."""
+    first = next(network.parameters(), otherwise) if isinstance(network, nn.Module) else otherwise
+    return first.device
+
+
+def narrow(network: nn.Module | Callable[..., Any]) -> torch.dtype | None:
+    """The type of weights that are narrower than float32, which what they are given is not; None for all others."""
+    first = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+    return first.dtype if first is not None and first.dtype in (torch.float16, torch.bfloat16) else None
 
 
 def features(
@@ -93,7 +119,7 @@ def features(
         autocast: as in `velocity`.
 
     Returns:
-        One (B, (H/2) (W/2), width) tensor for each entry of `blocks`, float32, in their order.
+        One (B, (H/2) (W/2), width) tensor for each entry of `blocks`, float32, in their order, where the network is.
 
     Raises:
         ValueError: a block that the network does not have.
@@ -102,12 +128,17 @@ def features(
     if not blocks or not all(0 <= b < count for b in blocks):
         raise ValueError(f"blocks {list(blocks)}: the network has blocks 0 to {count - 1}, name at least one of them")
     taken: dict[int, Tensor] = {}
-    with torch.autocast(x_t.device.type, autocast) if autocast else nullcontext():
-        image = transformer.pos_embed(x_t).contiguous()
-        time_and_text = transformer.time_text_embed(t.float() * TRAIN_TIMESTEPS, cond.pooled)
-        text = transformer.context_embedder(cond.tokens)
+    device, again = transformer.device, torch.is_grad_enabled() and transformer.gradient_checkpointing
+    compute = autocast or narrow(transformer)
+    with torch.autocast(device.type, compute) if compute else nullcontext():
+        image = transformer.pos_embed(x_t.to(device)).contiguous()
+        time_and_text = transformer.time_text_embed((t.float() * TRAIN_TIMESTEPS).to(device), cond.pooled.to(device))
+        text = transformer.context_embedder(cond.tokens.to(device))
         for number, block in enumerate(transformer.transformer_blocks[: max(blocks) + 1]):
-            text, image = block(hidden_states=image, encoder_hidden_states=text, temb=time_and_text)
+            if again:
+                text, image = transformer._gradient_checkpointing_func(block, image, text, time_and_text)
+            else:
+                text, image = block(hidden_states=image, encoder_hidden_states=text, temb=time_and_text)
             if number in blocks:
                 taken[number] = image.float()
     return tuple(taken[b] for b in blocks)
@@ -137,16 +168,13 @@ def reads_to_the_end(folder: Path, t5_tokens: int) -> Callable[[str], bool]:
 
 
 def encode_ids(pipe: StableDiffusion3Pipeline, ids: tuple[Tensor, Tensor, Tensor]) -> EncoderOutputs:
-    """Run the three encoders on token ids; gradients flow if the encoders want them."""
-    clip_l = pipe.text_encoder(ids[0], output_hidden_states=True)
-    clip_g = pipe.text_encoder_2(ids[1], output_hidden_states=True)
-    return EncoderOutputs(
-        clip_l_tokens=clip_l.hidden_states[-2],
-        clip_l_pooled=clip_l[0],
-        clip_g_tokens=clip_g.hidden_states[-2],
-        clip_g_pooled=clip_g[0],
-        t5_tokens=pipe.text_encoder_3(ids[2])[0],
-    )
+    """Run the three encoders on token ids, each where it lies; float32, where the ids are. Gradients flow."""
+    where = ids[0].device
+    clip_l = pipe.text_encoder(ids[0].to(pipe.text_encoder.device), output_hidden_states=True)
+    clip_g = pipe.text_encoder_2(ids[1].to(pipe.text_encoder_2.device), output_hidden_states=True)
+    t5 = pipe.text_encoder_3(ids[2].to(pipe.text_encoder_3.device))
+    outputs = clip_l.hidden_states[-2], clip_l[0], clip_g.hidden_states[-2], clip_g[0], t5[0]
+    return EncoderOutputs(*(x.to(where, torch.float32) for x in outputs))
 
 
 @torch.no_grad()
@@ -159,16 +187,17 @@ def encode(pipe: StableDiffusion3Pipeline, prompts: Sequence[str], t5_tokens: in
 def decode(pipe: StableDiffusion3Pipeline, x0: Tensor, batch: int = 64) -> Tensor:
     """Latents (B, 16, H, W), scaled, to pixels (B, 3, 8H, 8W), nominally in [-1, 1]."""
     config = pipe.vae.config
-    latents = x0.to(pipe.vae.dtype) / config.scaling_factor + config.shift_factor
-    return torch.cat([pipe.vae.decode(chunk, return_dict=False)[0].float() for chunk in latents.split(batch)])
+    latents = x0.to(pipe.vae.device, pipe.vae.dtype) / config.scaling_factor + config.shift_factor
+    pixels = [pipe.vae.decode(chunk, return_dict=False)[0].float() for chunk in latents.split(batch)]
+    return torch.cat(pixels).to(x0.device)
 
 
 @torch.no_grad()
 def encode_pixels(pipe: StableDiffusion3Pipeline, pixels: Tensor) -> Tensor:
     """Pixels (B, 3, H, W) in [-1, 1] to scaled latents (B, 16, H/8, W/8): the posterior's mean."""
     config = pipe.vae.config
-    latents = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist.mode()
-    return (latents.float() - config.shift_factor) * config.scaling_factor
+    latents = pipe.vae.encode(pixels.to(pipe.vae.device, pipe.vae.dtype)).latent_dist.mode()
+    return ((latents.float() - config.shift_factor) * config.scaling_factor).to(pixels.device)
 
 
 def save(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
@@ -182,9 +211,14 @@ def save(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
     pipe.register_to_config(_name_or_path="")
     pipe.save_pretrained(folder)
     for name in ("transformer", "vae"):
-        half = copy.deepcopy(getattr(pipe, name)).to(torch.float16)
-        half.register_to_config(_name_or_path="")
-        half.save_pretrained(folder / name)
+        save_half(getattr(pipe, name), folder / name)
+
+
+def save_half(network: ModelMixin, folder: Path) -> None:
+    """Write one of diffusers' networks in float16; the network itself keeps its precision."""
+    half = copy.deepcopy(network).to("cpu", torch.float16)
+    half.register_to_config(_name_or_path="")
+    half.save_pretrained(folder)
 
 
 def quiet() -> None:

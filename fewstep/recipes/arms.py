@@ -15,7 +15,7 @@ from fewstep.stages import evaluate
 
 def teacher_arms(pipe: StableDiffusion3Pipeline, record: Artifact, teacher_steps: int, steps: int) -> list[evaluate.Arm]:
     """The ceiling; the teacher in full, at the student's steps with guidance, and at the student's evaluations."""
-    network = sd3.velocity(pipe.transformer, fast_dtype())
+    network = sd3.velocity(pipe.transformer, fast_dtype(pipe.transformer.device))
 
     def arm(count: int, scale: float) -> evaluate.Arm:
         name = f"teacher_{count}_{'unguided' if scale == 1 else 'guided'}"

@@ -17,7 +17,7 @@ from fewstep.models import roles, sd3
 from fewstep.recipes import distil
 from fewstep.recipes.pipeline import Distillation
 
-SHARES = {"trajectories": 0.12, "trajectory": 0.40, "distribution": 0.21, "split": 0.04, "merge": 0.04, "evaluate": 0.19}
+SHARES = {"trajectories": 0.13, "trajectory": 0.20, "distribution": 0.38, "split": 0.07, "merge": 0.04, "evaluate": 0.18}
 WATCHED = 0.06  # at most this share looks at the student's health
 FIXED_S = 20.0  # opening models, writing artefacts, the report
 CAUTION = 0.9  # machines slow down; a demo should not overrun
@@ -44,14 +44,14 @@ def measure(pipe: StableDiffusion3Pipeline, t5_tokens: int, seconds: float = 2.0
     batch, size = 64, pipe.transformer.config.sample_size
     x, t = torch.randn(batch, pipe.transformer.config.in_channels, size, size), torch.rand(batch)
     cond = sd3.encode(pipe, ["a circle"] * batch, t5_tokens)
-    student = roles.trainable_copy(pipe.transformer)
+    student = roles.trainable(pipe.transformer, roles.Config(), 0)
 
     def forward() -> None:
         with torch.no_grad():
-            sd3.velocity(pipe.transformer, fast_dtype())(x, t, cond)
+            sd3.velocity(pipe.transformer, fast_dtype(pipe.transformer.device))(x, t, cond)
 
     def train() -> None:
-        sd3.velocity(student, fast_dtype())(x, t, cond).square().mean().backward()
+        sd3.velocity(student, fast_dtype(student.device))(x, t, cond).square().mean().backward()
         student.zero_grad()
 
     def rate(call: Callable[[], object]) -> float:

@@ -12,7 +12,7 @@ from fewstep.engine import artifact
 from fewstep.engine.config import from_dict, override, read_yaml, to_dict
 from fewstep.engine.log import clock
 from fewstep.models import sd3
-from fewstep.recipes import RECIPES, budget, distil, execute
+from fewstep.recipes import RECIPES, budget, distil, execute, teacher
 from fewstep.recipes.layout import FOLDER, RESOLVED
 from fewstep.recipes.pipeline import Distillation, Pipeline, build
 from fewstep.worlds.shapes import STUDENT_4, TEACHER
@@ -53,7 +53,7 @@ def run(recipe: str, out: Path, minutes: float) -> None:
         pipeline = resolve(recipe, [], begun)
         print(f"going on with {out} as it was begun")
     else:
-        folder = distil.teacher_folder(pipeline)
+        folder = teacher.folder_of(pipeline)
         record = artifact.read(folder, "teacher")
         print(f"measuring this machine, then distilling for about {minutes:g} minutes")
         pipeline = budget.fit(pipeline, budget.measure(sd3.load(folder), record.t5_tokens), minutes)
@@ -83,9 +83,11 @@ def print_plan(pipeline: Pipeline, timed: bool = False) -> None:
         print(f"split         {count:>10,} student samples in {count // d.batch:,} updates of two branches in turn")
         tried = f"{len(pipeline.merge.ratios)} ratios on {pipeline.merge.per_task} selection prompts a task"
         print(f"merge         {tried}")
-    print(f"evaluate      {pipeline.evaluate.per_task:>10,} prompts a task, {pipeline.evaluate.seeds} seeds")
+    e = pipeline.evaluate
+    asked = f"{e.per_task:>10,} prompts a task" if e.benchmark == "shapes" else f"{e.pictures:>10,} prompts, side by side"
+    print(f"evaluate      {asked}, {e.seeds} seeds")
     if timed:
-        folder = distil.teacher_folder(pipeline)
+        folder = teacher.folder_of(pipeline)
         record = artifact.read(folder, "teacher")
         spent = budget.seconds(pipeline, budget.measure(sd3.load(folder), record.t5_tokens))
         print("\nestimated on this machine")
@@ -96,6 +98,14 @@ def print_plan(pipeline: Pipeline, timed: bool = False) -> None:
 def print_result(report: Path) -> None:
     """A short table of strict scores with intervals, the verdict, and where the report is."""
     data = json.loads(report.with_suffix(".json").read_text())
+    if data.get("benchmark") == "pictures":
+        print(f"\n{'':24}{'evaluations':>12}{'guidance':>10}{'distance':>10}   95 % interval")
+        for r in data["rows"]:
+            d = r["distance"]
+            interval = f"{d['lo']:.2f} to {d['hi']:.2f}"
+            print(f"{r['name']:24}{r['nfe']:>12}{r['guidance_scale']:>10g}{d['mean']:>10.2f}   {interval}")
+        print("\n" + "\n".join(data["verdict"]) + f"\n\n{report}")
+        return
     rows = [r for r in data["rows"] if r["scoring"] == "strict" and r["task"] == "overall"]
     print(f"\n{'':24}{'evaluations':>12}{'guidance':>10}{'strict overall':>16}   95 % interval")
     for r in rows:
@@ -116,10 +126,10 @@ def show(path: Path | None) -> None:
     """
     if path is None:
         for name, purpose in RECIPES.items():
-            print(f"{name:<16}{purpose}")
+            print(f"{name:<26}{purpose}")
         print("\nmodels that come with fewstep, each a folder for stock diffusers:")
         for model in (TEACHER, STUDENT_4):
-            print(f"{model.name:<16}{model}")
+            print(f"{model.name:<26}{model}")
         return
     if (path / RESOLVED).is_file():
         print((path / RESOLVED).read_text().rstrip())

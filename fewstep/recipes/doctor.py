@@ -14,7 +14,7 @@ from fewstep.engine import artifact, doctor
 from fewstep.engine.doctor import Finding
 from fewstep.grids import shifted_grid
 from fewstep.models import sd3
-from fewstep.recipes import distil
+from fewstep.recipes.teacher import open_teacher
 from fewstep.solvers import rollout
 from fewstep.worlds.shapes import STUDENT_4, TEACHER
 from fewstep.worlds.shapes.data import to_uint8
@@ -67,7 +67,7 @@ def self_tests() -> Iterator[Finding]:
 @torch.no_grad()
 def drawn_right() -> int:
     """How many images of the bundled teacher, in eight guided steps, show what their prompt asks for."""
-    teacher = distil.open_teacher(TEACHER)
+    teacher = open_teacher(TEACHER)
     start = noise.normal((16, 8, 8), seed=0, index=range(len(PROMPTS)), step=0)
     x0 = rollout(teacher.velocity, start, shifted_grid(8), teacher.encode(PROMPTS)).x[-1]
     images = to_uint8(sd3.decode(teacher.pipe, x0))

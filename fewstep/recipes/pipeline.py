@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from fewstep.data import prompt_files
 from fewstep.grids import check_grid
+from fewstep.models import roles
 from fewstep.recipes import RECIPES
 from fewstep.stages import autoencoder, distribution, evaluate, merge, split, teacher, trajectory
 
@@ -25,18 +26,22 @@ class Distillation:
         name: the recipe's name.
         teacher: "bundled", or an artefact folder of kind teacher.
         grid: the student's grid, explicit numbers.
+        resolution: pixels of an image's side; 0 is what the teacher was made for.
         teacher_steps: steps of the teacher that the student is measured against.
         prompts: "shapes", or a file of prompts (.txt, .csv, .tsv, .jsonl, .parquet), or a folder of images with captions.
         prompt_policy: what happens to prompts of a file that cannot be used as they are.
+        roles: what of the networks is trained, and where.
         trajectory, distribution, split, merge, evaluate: settings of the stages.
     """
 
     name: str
     teacher: str = "bundled"
     grid: tuple[float, ...] = (1.0, 0.9, 0.75, 0.5, 0.0)
+    resolution: int = 0
     teacher_steps: int = 32
     prompts: str = "shapes"
     prompt_policy: prompt_files.Policy = field(default_factory=prompt_files.Policy)
+    roles: roles.Config = field(default_factory=roles.Config)
     trajectory: trajectory.Config = field(default_factory=trajectory.Config)
     distribution: distribution.Config = field(default_factory=distribution.Config)
     split: split.Config = field(default_factory=split.Config)
@@ -47,6 +52,14 @@ class Distillation:
 
     def __post_init__(self) -> None:
         check_grid(self.grid)
+        if self.resolution and (self.resolution < 0 or self.resolution % 16):
+            raise ValueError(f"resolution must be a multiple of 16 pixels, or 0 for the teacher's own, got {self.resolution}")
+        if self.resolution and self.evaluate.benchmark == "shapes":
+            raise ValueError("the bundled world has one resolution: leave resolution at 0, or set evaluate.benchmark=pictures")
+        if self.evaluate.benchmark == "pictures" and min(self.evaluate.seeds, self.merge.seeds) < 2:
+            raise ValueError("distances are told in the distance of two seeds: give evaluate.seeds and merge.seeds at least 2")
+        if self.roles.trained == "lora" and self.distribution.ida < 1:
+            raise ValueError("ida averages weights, and adapters are factors: set distribution.ida=1, or roles.trained=full")
         budgets = {
             "trajectory.images": self.trajectory.images,
             "trajectory.batch": self.trajectory.batch,
@@ -126,11 +139,11 @@ def build(name: str) -> Pipeline:
     Raises:
         ValueError: unknown name, with the nearest one.
     """
-    from fewstep.recipes import shapes
+    from fewstep.recipes import sd35, shapes
 
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(RECIPES)}"
         raise ValueError(f"unknown recipe {name!r}; {hint}")
-    pipeline: Pipeline = getattr(shapes, name)()
+    pipeline: Pipeline = getattr(sd35 if name.startswith("sd35_") else shapes, name)()
     return pipeline

@@ -8,12 +8,11 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
@@ -47,6 +46,11 @@ def write(run_dir: Path, collected: Mapping[str, Any], run_info: Mapping[str, An
     """
     data = numbers.build(collected, {**run_info, "health": condition.read(run_dir)})
     page = html(data, collected["arms"], run_dir)
+    return write_files(run_dir, data, page)
+
+
+def write_files(run_dir: Path, data: Mapping[str, Any], page: str) -> Path:
+    """`report.json` and `report.html`, each whole or not at all; returns the path of the page."""
     _write(run_dir / "report.json", json.dumps(data, indent=1, allow_nan=False))
     _write(run_dir / "report.html", page)
     return run_dir / "report.html"
@@ -54,16 +58,11 @@ def write(run_dir: Path, collected: Mapping[str, Any], run_info: Mapping[str, An
 
 def html(data: Mapping[str, Any], arms: Mapping[str, outcomes.Outcome], run_dir: Path) -> str:
     """The page's text."""
-    template = resources.files("fewstep.report").joinpath("template.html").read_text(encoding="utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"label": label, "percent": percent, "points": points, "clock": clock}
     student = data["student"]
     shown = [name for name in (data["baseline"], TRAJECTORY, DISTRIBUTION, student) if name in arms]
     overall = [r for r in data["rows"] if r["task"] == "overall"]
     cards, failed = picture_cards(arms, student, run_dir / EVALUATION)
-    return environment.from_string(template).render(
+    return template("template.html").render(
         data=data,
         verdict=[s.replace(" %", "\u00a0%") for s in numbers.sentences(data)],
         figures=key_figures(data),
@@ -78,11 +77,31 @@ def html(data: Mapping[str, Any], arms: Mapping[str, outcomes.Outcome], run_dir:
         failures_shown=min(failed, FAILURES),
         scores=Markup(charts.scores(overall, student)),
         variety=Markup(charts.diversity(data["diversity"], shown)),
-        health=[_marked(condition.show(run_dir, record)) for record in data["health"]],
-        bands_origin=health.origin(),
-        curves=[Markup(svg) for svg in stage_curves(run_dir / "metrics.jsonl")],
         ceiling=CEILING,
+        **training(data, run_dir),
     )
+
+
+def template(name: str) -> Template:
+    """A page's layout, with the filters that it uses."""
+    environment = Environment(
+        loader=PackageLoader("fewstep", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"label": label, "percent": percent, "points": points, "clock": clock}
+    return environment.get_template(name)
+
+
+def training(data: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+    """What `training.html` shows: looks at the student's health, and curves."""
+    return {
+        "health": [_marked(condition.show(run_dir, record)) for record in data["health"]],
+        "bands_origin": health.origin(),
+        "curves": [Markup(svg) for svg in stage_curves(run_dir / "metrics.jsonl")],
+    }
 
 
 def key_figures(data: Mapping[str, Any]) -> list[dict[str, str]]:

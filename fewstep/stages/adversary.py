@@ -74,12 +74,13 @@ class Adversary:
         self.config, self.proxy, self.seed = config, proxy, seed
         self.blocks = heads.spread(len(proxy.transformer_blocks), config.heads)
         seeds = [noise.address(seed, k, RENEWED) for k in range(config.heads)]
-        self.heads = heads.build(proxy.inner_dim, config.hidden, seeds)
+        self.heads = heads.build(proxy.inner_dim, config.hidden, seeds).to(proxy.device)
         self.optimizer = Optimizer(self.heads.named_parameters(), config.optim)
 
     def logits(self, x: Tensor, t: Tensor, cond: TextCond) -> Tensor:
         """(B, K, N) logits of points x at times t; gradient passes to whatever wants it."""
-        return heads.logits(self.heads, sd3.features(self.proxy, x, t, cond, self.blocks, fast_dtype()))
+        found = sd3.features(self.proxy, x, t, cond, self.blocks, fast_dtype(self.proxy.device))
+        return heads.logits(self.heads, found).to(x.device)
 
     def renew(self, seen: int) -> list[int]:
         """Re-initialise each head with probability `refresh` (SD3.5-Flash, stage 2); returns which.
@@ -116,12 +117,11 @@ def discriminator_update(
     if config.r1_weight > 0:
         x, conds = [*x, x[0] + config.r1_sigma * eps], [*conds, real[1]]
     with torch.set_grad_enabled(config.joint):
-        found = sd3.features(
-            adversary.proxy, torch.cat(x), t.repeat(len(x)), TextCond.cat(conds), adversary.blocks, fast_dtype()
-        )
+        compute = fast_dtype(adversary.proxy.device)
+        found = sd3.features(adversary.proxy, torch.cat(x), t.repeat(len(x)), TextCond.cat(conds), adversary.blocks, compute)
     if config.joint:  # the proxy gets its share of the gradient, the heads all of it
         found = tuple(config.joint_weight * f + (1 - config.joint_weight) * f.detach() for f in found)
-    of_real, of_fake, *perturbed = heads.logits(adversary.heads, found).chunk(len(x))
+    of_real, of_fake, *perturbed = heads.logits(adversary.heads, found).to(t.device).chunk(len(x))
     loss = adversarial.discriminator_loss(config.loss, of_real, of_fake).mean()
     if perturbed:
         loss = loss + config.r1_weight * adversarial.approximate_r1(of_real, perturbed[0], config.r1_sigma).mean()
@@ -129,7 +129,14 @@ def discriminator_update(
 
 
 def student_loss(adversary: Adversary, x: Tensor, t: Tensor, cond: TextCond) -> Tensor:
-    """The adversarial loss of the student's points, (B,); gradient reaches `x` alone."""
-    with roles.frozen(adversary.proxy, adversary.heads):
-        return adversarial.generator_loss(adversary.config.loss, adversary.logits(x, t, cond))
+    """The adversarial loss of the student's points, (B,); gradient reaches `x` alone.
+
+    Its slope is taken here, while proxy and heads are frozen: blocks that are computed again on the way back (gradient
+    checkpointing) must find them as they were. What is returned has the loss's value and that slope.
+    """
+    points = x.detach().requires_grad_(True)
+    with torch.enable_grad(), roles.frozen(adversary.proxy, adversary.heads):
+        loss = adversarial.generator_loss(adversary.config.loss, adversary.logits(points, t, cond))
+        (slope,) = torch.autograd.grad(loss.sum(), points)
+    return loss.detach() + ((x - x.detach()) * slope).flatten(1).sum(1)
 

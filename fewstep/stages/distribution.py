@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from fewstep.conditioning import TextCond
 from fewstep.data import trajectories
 from fewstep.engine.checkpoint import Stateful
 from fewstep.engine.ema import EMA
-from fewstep.engine.loop import train
+from fewstep.engine.loop import microbatches
 from fewstep.engine.optim import Optimizer
 from fewstep.engine.precision import fast_dtype
 from fewstep.flow import Velocity, interpolate
@@ -34,6 +33,7 @@ from fewstep.stages.matching import Config
 from fewstep.stages.trajectory import update as trajectory_update
 
 INITIAL, PICK, RENOISE, TAU, REAL, PERTURB, MIX, NOISED, GRID = range(9)  # streams of addressed noise
+ADAPTER = 10  # the weights that a proxy's new adapters start from
 SDE = 20  # one stream for each step of a rollout, from here on
 PROXY = 100  # four streams for each proxy update, from here on
 
@@ -49,6 +49,7 @@ class Given:
         encode: prompts to conditions.
         prompt_at: prompt of sample k.
         held_out: what the student is looked at with as it learns; None never looks.
+        trained: what of student and proxy is trained.
     """
 
     proxy: SD3Transformer2DModel
@@ -57,6 +58,7 @@ class Given:
     encode: trajectories.Encode
     prompt_at: trajectories.PromptAt
     held_out: watch.HeldOut | None = None
+    trained: roles.Config = roles.FULL
 
 
 def turns(grid: tuple[float, ...], branch_at: Callable[[float], str]) -> list[int]:
@@ -74,7 +76,7 @@ def turns(grid: tuple[float, ...], branch_at: Callable[[float], str]) -> list[in
 
 def branched(networks: Mapping[str, SD3Transformer2DModel], branch_at: Callable[[float], str]) -> Velocity:
     """One velocity of several networks; a batch shares its time, which says whose turn it is."""
-    velocities = {name: sd3.velocity(network, fast_dtype()) for name, network in networks.items()}
+    velocities = {name: sd3.velocity(network, fast_dtype(network.device)) for name, network in networks.items()}
     return lambda x_t, t, cond: velocities[branch_at(float(t[0]))](x_t, t, cond)
 
 
@@ -110,7 +112,7 @@ def proxy_update(
     eps, u = noise.normal(shape, **at(1)), noise.uniform((), **at(2))
     steps = noise.integers(0, len(path.v), **at(3))
     given = proxy.pair(config.proxy_target, path, steps, t, eps, u, config.proxy_spread)
-    return proxy.loss(sd3.velocity(network, fast_dtype()), given, cond), given.tau
+    return proxy.loss(sd3.velocity(network, fast_dtype(network.device)), given, cond), given.tau
 
 
 def student_update(
@@ -129,32 +131,31 @@ def student_update(
     Gradient reaches the student alone.
     """
     t_i, t_next = torch.full((len(x_i),), grid[i]), torch.full((len(x_i),), grid[i + 1])
-    v = sd3.velocity(student, fast_dtype())(x_i, t_i, cond)
+    v = sd3.velocity(student, fast_dtype(student.device))(x_i, t_i, cond)
 
     def fresh() -> Tensor:
         return noise.normal(x_i.shape[1:], seed=config.seed, index=rows, step=RENOISE)
 
     u = noise.uniform((), seed=config.seed, index=rows, step=TAU)
-    against = None if config.against == "student" else sd3.velocity(network, fast_dtype())
+    against = None if config.against == "student" else sd3.velocity(network, fast_dtype(network.device))
     return distribution.loss(config.switches, teacher, against, x_i, t_i, t_next, v, cond, fresh, u, grid)
 
 
 def step_input(
-    config: Config, given: Given, path: Trajectory, i: int, cond: TextCond, real: tuple[Tensor, TextCond], rows: range
+    config: Config, path: Trajectory, i: int, cond: TextCond, real: tuple[Tensor, TextCond], rows: range, mixed: bool
 ) -> tuple[Tensor, TextCond]:
     """Where the student's step starts, (B, 16, H, W), and its conditions: the rollout's state, or noised data.
 
     Args:
         config: settings.
-        given: what the stage learns from.
         path: the student's rollout, made under `cond`.
         i: grid step.
         cond: conditions of the rollout.
         real: teacher-made latents and their conditions.
         rows: sample numbers.
+        mixed: whether an update that may use either takes noised data.
     """
-    draw = noise.uniform((), seed=config.seed, index=rows[:1], step=MIX)
-    if config.rollout == "noised_data" or (config.rollout == "mix" and bool(draw < 0.5)):
+    if config.rollout == "noised_data" or (config.rollout == "mix" and mixed):
         eps = noise.normal(real[0].shape[1:], seed=config.seed, index=rows, step=NOISED)
         return interpolate(real[0], eps, torch.full((len(eps),), path.grid[i])), real[1]
     return path.x[i], cond
@@ -168,110 +169,49 @@ def update_grid(config: Config, grid: tuple[float, ...], rows: range) -> tuple[f
     return grids.random_grid(uniforms.tolist())
 
 
-def adversarial_update(
-    heads: Adversary, matched: distribution.DMResult, cond: TextCond, real: tuple[Tensor, TextCond], config: Config, rows: range
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Teach the heads at the points that were matched, and give the student's adversarial loss there.
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A microbatch of an update.
+
+    Attributes:
+        rows: sample numbers, addresses of all noise.
+        cond: conditions of the student's samples.
+        path: its own way from noise under them, without gradient.
+        pick: stored trajectories, for trajectory guidance and as what heads take for real.
+    """
+
+    rows: range
+    cond: TextCond
+    path: Trajectory
+    pick: Tensor
+
+
+def heads_update(
+    heads: Adversary, points: list[tuple[distribution.DMResult, TextCond, tuple[Tensor, TextCond], range]], config: Config
+) -> dict[str, Tensor]:
+    """Teach the heads at the points that are matched; the proxy too, if `joint`.
 
     Args:
         heads: the adversary.
-        matched: what `student_update` gave; its points are the fake ones.
-        cond: conditions of the student's samples.
-        real: teacher-made latents x0 (B, 16, H, W) and their conditions; noised here to the same times.
+        points: of each microbatch: what `student_update` gave (its points are the fake ones), conditions of the student's
+            samples, teacher-made latents x0 (B, 16, H, W) with theirs (noised here to the same times), sample numbers.
         config: settings.
-        rows: sample numbers, addresses of the noise.
 
     Returns:
-        The student's loss (B,), whose gradient reaches the student alone; and figures. The gradient of the heads' own
-        loss has been added to the heads (and, if `joint`, to the proxy).
+        Figures; the heads have made their step, and what `joint` gives the proxy has been added to its gradient.
     """
-    shape = matched.x_tau.shape[1:]
-    noised = interpolate(real[0], noise.normal(shape, seed=config.seed, index=rows, step=REAL), matched.tau)
-    eps = noise.normal(shape, seed=config.seed, index=rows, step=PERTURB) if heads.config.r1_weight > 0 else noised
-    learned = adversary.discriminator_update(heads, (noised, real[1]), (matched.x_tau, cond), matched.tau, eps)
-    learned["loss"].backward()
-    heads.optimizer.step(rows.start, config.images)
-    loss = adversary.student_loss(heads, matched.x_tau, matched.tau, cond)
-    return loss, {
-        "heads_loss": learned["loss"].detach(),
-        "heads_real": learned["real"],
-        "heads_fake": learned["fake"],
-        "adversarial_loss": loss.detach().mean(),
-    }
-
-
-def run(
-    config: Config, start: SD3Transformer2DModel, given: Given, work: Path, metrics: Path
-) -> State:
-    """Refine a copy of `start`: its average is `students["student"]` of what is returned, beside the proxy as it ended.
-
-    Args:
-        config: settings.
-        start: the student after trajectory guidance.
-        given: teacher, its trajectories, prompts.
-        work: folder for checkpoints.
-        metrics: the run's metrics.jsonl.
-
-    Raises:
-        ValueError: for a budget below one step, or a checkpoint of another stage.
-        FloatingPointError: when a loss is not finite.
-    """
-    return refine(config, {"student": start}, lambda t: "student", given, "distribution", work, metrics)
-
-
-def refine(
-    config: Config,
-    starts: Mapping[str, SD3Transformer2DModel],
-    branch_at: Callable[[float], str],
-    given: Given,
-    stage: str,
-    work: Path,
-    metrics: Path,
-) -> State:
-    """Refine copies of one or several students that share the work by time; on return the students are the averages.
-
-    Args:
-        config: settings.
-        starts: where each student starts, by name.
-        branch_at: which student owns the step that starts at a time.
-        given, work, metrics: as in `run`.
-        stage: name in the log.
-
-    Raises:
-        ValueError: for a budget below one step, or a checkpoint of another stage.
-        FloatingPointError: when a loss is not finite.
-        health.Sick: the run is sick, and `health.action` is "stop".
-    """
-    state = begin(config, starts, branch_at, given)
-    student = branched(state.students, branch_at)
-    watcher = watch.Watcher(config, given.held_out, stage, metrics)
-
-    def step(seen: int) -> dict[str, float]:
-        figures = update(state, config, given, seen)
-        watcher.record.add(figures)
-        return figures
-
-    def look(seen: int) -> bool:
-        return watcher.look(seen, state.students, state.averages, student, state.proxy, given.teacher)
-
-    state.images = train(
-        step,
-        state.parts() | {"health": watcher.record},
-        stage=stage,
-        total_images=config.images - config.images % config.batch,
-        images_per_step=config.batch,
-        work=work,
-        metrics=metrics,
-        log_every=1,  # grid steps take turns: every fourth row would show one of them alone
-        look=look,
-    )
-    if watcher.rolled_back:
-        state.images = int(watcher.nearest()["images"])
-    for name, network in state.students.items():
-        state.averages[name].copy_to({"student": network})
-        network.requires_grad_(False)
-    state.proxy.requires_grad_(False)
-    return state
+    found: list[tuple[int, dict[str, Tensor]]] = []
+    for matched, cond, real, rows in points:
+        shape = matched.x_tau.shape[1:]
+        noised = interpolate(real[0], noise.normal(shape, seed=config.seed, index=rows, step=REAL), matched.tau)
+        eps = noise.normal(shape, seed=config.seed, index=rows, step=PERTURB) if heads.config.r1_weight > 0 else noised
+        learned = adversary.discriminator_update(heads, (noised, real[1]), (matched.x_tau, cond), matched.tau, eps)
+        (learned["loss"] * (len(rows) / config.batch)).backward()
+        found.append((len(rows), {name: value.detach() for name, value in learned.items()}))
+    heads.optimizer.step(points[0][3].start, config.images)
+    share = torch.tensor([n / config.batch for n, _ in found])
+    means = {f"heads_{name}": share @ torch.stack([told[name] for _, told in found]).cpu() for name in ("loss", "real", "fake")}
+    return means | {"heads": (means["heads_real"] + means["heads_fake"]) / 2}
 
 
 @dataclass(eq=False)
@@ -301,11 +241,12 @@ class State:
 
     def parts(self) -> dict[str, Stateful]:
         """What a checkpoint holds."""
-        parts: dict[str, Stateful] = {"proxy": self.proxy, "proxy_optimizer": self.proxy_optimizer}
+        parts: dict[str, Stateful] = {"proxy": roles.Trained(self.proxy), "proxy_optimizer": self.proxy_optimizer}
         if self.heads is not None:
             parts |= {"heads": self.heads.heads, "heads_optimizer": self.heads.optimizer}
         for name, network in self.students.items():
-            parts |= {name: network, f"{name}_optimizer": self.optimizers[name], f"{name}_ema": self.averages[name]}
+            parts |= {name: roles.Trained(network), f"{name}_optimizer": self.optimizers[name]}
+            parts |= {f"{name}_ema": self.averages[name]}
         return parts
 
 
@@ -313,8 +254,8 @@ def begin(
     config: Config, starts: Mapping[str, SD3Transformer2DModel], branch_at: Callable[[float], str], given: Given
 ) -> State:
     """The state before the first update; arguments as in `refine`."""
-    students = {name: roles.trainable_copy(network) for name, network in starts.items()}
-    proxy = roles.trainable_copy(given.proxy)
+    students = {name: roles.trainable(network, given.trained, config.seed) for name, network in starts.items()}
+    proxy = roles.trainable(given.proxy, given.trained, noise.address(config.seed, 0, ADAPTER))
     return State(
         students=students,
         optimizers={name: Optimizer(network.named_parameters(), config.optim) for name, network in students.items()},
@@ -342,50 +283,88 @@ def update(state: State, config: Config, given: Given, seen: int) -> dict[str, f
     """
     rows = range(seen, seen + config.batch)
     grid = update_grid(config, given.stored.grid, rows)
-    cond = given.encode([given.prompt_at(k) for k in rows])
-    path = student_rollout(state, config, given.stored.x.shape[2:], grid, cond, rows)
+    parts = [sampled(state, config, given, grid, own) for own in microbatches(rows, config.micro_batch)]
     figures: dict[str, Tensor] = {}
     for number in range(config.proxy_updates):
-        learned, times = proxy_update(state.proxy, path, cond, config, rows, number)
-        learned.mean().backward()
+        learned: list[tuple[Tensor, Tensor]] = []
+        for part in parts:
+            losses, times = proxy_update(state.proxy, part.path, part.cond, config, part.rows, number)
+            (losses.sum() / config.batch).backward()
+            learned.append((losses.detach(), times))
         state.proxy_optimizer.step(seen, config.images)
-        figures |= by_time(learned.detach(), times)
+        figures |= by_time(*(torch.cat(both) for both in zip(*learned, strict=True)))
     i = state.order[(seen // config.batch) % len(state.order)]
     name = state.branch_at(grid[i])
-    student = state.students[name]
-    pick = noise.integers(0, len(given.stored.prompts), seed=config.seed, index=rows, step=PICK)
-    real = given.stored.x[pick, -1], state.stored_cond[pick]
-    x_i, cond = step_input(config, given, path, i, cond, real, rows)
-    matched = student_update(student, state.proxy, given.teacher, x_i, i, grid, cond, config, rows)
-    loss = (0.0 if i in config.skip_matching else 1.0) * matched.loss.mean()
-    if config.trajectory_weight > 0:
-        anchored = trajectory_update(student, given.stored, state.stored_cond, pick, torch.full_like(pick, i)).mean()
-        loss = loss + config.trajectory_weight * anchored
-        figures["trajectory_loss"] = anchored.detach()
-    if state.heads is not None and i not in config.skip_adversary:
-        state.heads.renew(seen)
-        adversarial_loss, of_heads = adversarial_update(state.heads, matched, cond, real, config, rows)
-        if config.adversary.joint:
-            state.proxy_optimizer.step(seen, config.images)
-        loss = loss + config.adversary.weight * adversarial_loss.mean()
-        figures |= of_heads
-        figures["heads"] = (of_heads["heads_real"] + of_heads["heads_fake"]) / 2
-    loss.backward()
+    figures |= student_step(state, config, given, parts, i, grid)
     norm = state.optimizers[name].step(seen, config.images)
     state.averages[name].update(seen, config.batch)
     if config.ida < 1:
-        roles.align(state.proxy, student, config.ida)
-    if i not in config.skip_matching:
-        figures[f"move_{i}"] = matched.move.mean()
-    figures |= {
-        f"direction_{i}": matched.direction.abs().mean(),
-        f"normaliser_{i}": matched.normaliser.mean(),
-        "clipped": (matched.normaliser <= config.normaliser_floor).float().mean(),
-        "grad_norm": norm,
-        "sample_mean": path.x[-1].mean(),
-        "sample_std": path.x[-1].std(),
-    }
+        roles.align(state.proxy, state.students[name], config.ida)
+    samples = torch.cat([part.path.x[-1] for part in parts])
+    figures |= {"grad_norm": norm, "sample_mean": samples.mean(), "sample_std": samples.std()}
     return {key: float(value) for key, value in figures.items()}
+
+
+def sampled(state: State, config: Config, given: Given, grid: tuple[float, ...], rows: range) -> Part:
+    """The student's own samples of some rows, and which stored trajectories go with them."""
+    cond = given.encode([given.prompt_at(k) for k in rows])
+    path = student_rollout(state, config, given.stored.latent_shape, grid, cond, rows)
+    return Part(rows, cond, path, noise.integers(0, len(given.stored.prompts), seed=config.seed, index=rows, step=PICK))
+
+
+def student_step(
+    state: State, config: Config, given: Given, parts: list[Part], i: int, grid: tuple[float, ...]
+) -> dict[str, Tensor]:
+    """Gradients of the student for grid step `i`, added up over microbatches; the heads learn on the way.
+
+    Heads learn at points of the whole batch before the student meets them. With several microbatches the points are
+    therefore made twice, first without gradient.
+    """
+    student = state.students[state.branch_at(grid[i])]
+    heads = state.heads if i not in config.skip_adversary else None
+    mixed = bool(noise.uniform((), seed=config.seed, index=parts[0].rows[:1], step=MIX) < 0.5)
+    last, inputs = len(grid) - 1, []
+    for part in parts:
+        real = given.stored.state(part.pick, torch.full_like(part.pick, last)), state.stored_cond[part.pick]
+        inputs.append((real, *step_input(config, part.path, i, part.cond, real, part.rows, mixed)))
+
+    def match(k: int) -> distribution.DMResult:
+        _, x_i, cond = inputs[k]
+        return student_update(student, state.proxy, given.teacher, x_i, i, grid, cond, config, parts[k].rows)
+
+    figures: dict[str, Tensor] = {}
+    whole = match(0) if len(parts) == 1 else None
+    if heads is not None:
+        heads.renew(parts[0].rows.start)
+        with torch.no_grad():
+            matched = [whole or match(k) for k in range(len(parts))]
+        points = [(m, inputs[k][2], inputs[k][0], parts[k].rows) for k, m in enumerate(matched)]
+        figures |= heads_update(heads, points, config)
+        if config.adversary.joint:
+            state.proxy_optimizer.step(parts[0].rows.start, config.images)
+    made = []
+    for k, part in enumerate(parts):
+        matched_k = whole or match(k)
+        loss = (0.0 if i in config.skip_matching else 1.0) * matched_k.loss.sum()
+        told = {
+            "move": matched_k.move,
+            "direction": matched_k.direction.abs().flatten(1).mean(1),
+            "normaliser": matched_k.normaliser,
+            "clipped": (matched_k.normaliser <= config.normaliser_floor).float(),
+        }
+        if config.trajectory_weight > 0:
+            at = torch.full_like(part.pick, i)
+            anchored = trajectory_update(student, given.stored, inputs[k][0][1], part.pick, at)
+            loss, told["trajectory_loss"] = loss + config.trajectory_weight * anchored.sum(), anchored.detach()
+        if heads is not None:
+            adversarial = adversary.student_loss(heads, matched_k.x_tau, matched_k.tau, inputs[k][2])
+            loss, told["adversarial_loss"] = loss + config.adversary.weight * adversarial.sum(), adversarial.detach()
+        (loss / config.batch).backward()
+        made.append(told)
+    means = {name: torch.cat([told[name] for told in made]).mean() for name in made[0]}
+    if i in config.skip_matching:
+        del means["move"]
+    return figures | {f"{n}_{i}" if n in ("move", "direction", "normaliser") else n: value for n, value in means.items()}
 
 
 def by_time(losses: Tensor, times: Tensor) -> dict[str, Tensor]:

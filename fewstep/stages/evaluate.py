@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,12 +39,17 @@ class Config:
     """How much is asked.
 
     Attributes:
-        per_task: prompts of each task (a small task gives all it has).
+        benchmark: "shapes": the tasks of the bundled world, read by its detector. "pictures": for any other model; arms are
+            drawn side by side on held-out prompts, and measured by their distance from the teacher (`stages.pictures`).
+        pictures: prompts of "pictures".
+        per_task: prompts of each task of "shapes" (a small task gives all it has).
         seeds: images of each prompt.
         batch: images sampled at once.
         noise_seed: of all initial noise.
     """
 
+    benchmark: Literal["shapes", "pictures"] = "shapes"
+    pictures: int = 12
     per_task: int = 60
     seeds: int = 4
     batch: int = 64

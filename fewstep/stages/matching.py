@@ -24,6 +24,7 @@ class Config(Switches):
         preset: sets all switches of a method at once; single switches given beside it come on top.
         images: student samples used in student updates.
         batch: samples in an update; all share one grid step, which goes round from update to update.
+        micro_batch: how many of them are in memory at once, their gradients added up; 0 is all.
         rollout: where the step's input comes from. "deterministic": the student's own rollout; "sde": the same with
             fresh noise in every step; "noised_data": teacher-made latents, noised; "mix": either, update by update.
         random_grid: draw another grid for every update (ours, see `grids.random_grid`); needs trajectory_weight 0.
@@ -45,6 +46,7 @@ class Config(Switches):
     preset: Preset = "sd35_flash"
     images: int = 8_000
     batch: int = 32
+    micro_batch: int = 0
     rollout: proxy.Rollout = "deterministic"
     random_grid: bool = False
     proxy_target: proxy.Target = "A"

@@ -5,14 +5,13 @@ The ratio is chosen on selection prompts, never on reported ones (the paper chos
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
-
-from fewstep.models import roles
 
 SUM, BRANCHES = "sum", "branches"
 
@@ -65,19 +64,28 @@ def add_changes(start: Mapping[str, Tensor], low: Mapping[str, Tensor], high: Ma
     return {name: start[name].float() + (low[name] - start[name]) + (high[name] - start[name]) for name in high}
 
 
-def candidates(
-    config: Config, start: SD3Transformer2DModel, low: SD3Transformer2DModel, high: SD3Transformer2DModel
-) -> dict[str, SD3Transformer2DModel]:
-    """The merged networks that are measured, by name: `a_0.3` and so on, and `sum`."""
+def names(config: Config) -> list[str]:
+    """The merged networks that are measured: `a_0.3` and so on, and `sum`."""
+    return [*(f"a_{ratio:g}" for ratio in config.ratios), SUM]
+
+
+def candidate(
+    name: str, start: SD3Transformer2DModel, low: SD3Transformer2DModel, high: SD3Transformer2DModel
+) -> SD3Transformer2DModel:
+    """One of `names`, made of the student before the split and its branches; frozen."""
     a, b = low.state_dict(), high.state_dict()
-    weights = {f"a_{ratio:g}": interpolate(a, b, ratio) for ratio in config.ratios}
-    weights[SUM] = add_changes(start.state_dict(), a, b)
-    made = {}
-    for name, state in weights.items():
-        network = roles.trainable_copy(high).requires_grad_(False)
-        network.load_state_dict(state)
-        made[name] = network
-    return made
+    state = add_changes(start.state_dict(), a, b) if name == SUM else interpolate(a, b, shares(name)[1])
+    network = copy.deepcopy(high).float().requires_grad_(False)
+    network.load_state_dict(state)
+    return network
+
+
+def shares(chosen: str) -> tuple[float, float, float]:
+    """What a candidate is made of: its shares of the student before the split, the low branch and the high one."""
+    if chosen == SUM:
+        return -1.0, 1.0, 1.0
+    ratio = float(chosen.removeprefix("a_"))
+    return 0.0, ratio, 1 - ratio
 
 
 def choose(config: Config, scores: Mapping[str, float]) -> str:

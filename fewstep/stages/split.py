@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diffusers import SD3Transformer2DModel
 
-from fewstep.stages import distribution
+from fewstep.stages import distribution, refinement
 
 LOW, HIGH = "low", "high"
 
@@ -113,6 +113,6 @@ def run(
     if reason:
         raise ValueError(reason)
     starts = {LOW: start, HIGH: start}
-    return distribution.refine(
+    return refinement.refine(
         settings(config, stage2), starts, branch_at(config.boundary), given, "split", work, metrics
     )

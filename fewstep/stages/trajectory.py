@@ -13,7 +13,7 @@ from fewstep import noise
 from fewstep.conditioning import TextCond
 from fewstep.data import trajectories
 from fewstep.engine.ema import EMA
-from fewstep.engine.loop import train
+from fewstep.engine.loop import microbatches, train
 from fewstep.engine.optim import Optim, Optimizer
 from fewstep.engine.precision import fast_dtype
 from fewstep.models import roles, sd3
@@ -29,6 +29,7 @@ class Config:
     Attributes:
         images: student steps trained on (a stored trajectory is used several times).
         batch: student steps in an update, each at its own grid step.
+        micro_batch: how many of them are in memory at once, their gradients added up; 0 is all.
         trajectories: teacher trajectories made beforehand.
         teacher_substeps: teacher steps inside one student step.
         ema_half_life_images: of the student's average, which is what the stage hands on.
@@ -38,6 +39,7 @@ class Config:
 
     images: int = 64_000
     batch: int = 64
+    micro_batch: int = 0
     trajectories: int = 4_000
     teacher_substeps: int = 4
     ema_half_life_images: float = 2_000.0
@@ -53,13 +55,13 @@ def update(
     Args:
         student: the network that is trained.
         stored: teacher trajectories.
-        cond: conditions of all stored prompts, K rows.
+        cond: conditions of these trajectories, B rows.
         rows: (B,) trajectory numbers.
         steps: (B,) grid steps.
     """
     x_i, target = stored.pair(rows, steps)
-    velocity = sd3.velocity(student, fast_dtype())
-    return trajectory.loss(velocity, x_i, torch.tensor(stored.grid)[steps], target, cond[rows])
+    velocity = sd3.velocity(student, fast_dtype(student.device))
+    return trajectory.loss(velocity, x_i, torch.tensor(stored.grid)[steps], target, cond)
 
 
 def run(
@@ -69,14 +71,24 @@ def run(
     encode: trajectories.Encode,
     work: Path,
     metrics: Path,
+    trained: roles.Config = roles.FULL,
 ) -> SD3Transformer2DModel:
-    """Train a copy of the teacher on stored trajectories and return its average.
+    """Train a copy of the teacher, or adapters on it, on stored trajectories; returns the average, frozen.
+
+    Args:
+        config: settings.
+        teacher: where the student starts.
+        stored: teacher trajectories.
+        encode: prompts to conditions.
+        work: folder for checkpoints.
+        metrics: the run's metrics.jsonl.
+        trained: what of the network is trained.
 
     Raises:
         ValueError: for a budget below one step, or a checkpoint of another stage.
         FloatingPointError: when the loss is not finite.
     """
-    student = roles.trainable_copy(teacher)
+    student = roles.trainable(teacher, trained, config.seed)
     optimizer = Optimizer(student.named_parameters(), config.optim)
     ema = EMA({"student": student}, config.ema_half_life_images)
     cond, last_step = encode(stored.prompts), len(stored.grid) - 1
@@ -85,17 +97,21 @@ def run(
         rows = range(seen, seen + config.batch)
         pick = noise.integers(0, len(stored.prompts), seed=config.seed, index=rows, step=PICK)
         steps = noise.integers(0, last_step, seed=config.seed, index=rows, step=STEP)
-        losses = update(student, stored, cond, pick, steps)
-        losses.mean().backward()
+        made = []
+        for part in microbatches(range(config.batch), config.micro_batch):
+            own = slice(part.start, part.stop)
+            losses = update(student, stored, cond[pick[own]], pick[own], steps[own])
+            (losses.sum() / config.batch).backward()
+            made.append(losses.detach())
         norm = optimizer.step(seen, config.images)
         ema.update(seen, config.batch)
-        values = losses.detach()
+        values = torch.cat(made)
         by_step = {f"loss_step_{i}": float(values[steps == i].mean()) for i in range(last_step) if (steps == i).any()}
         return {"loss": float(values.mean()), "grad_norm": float(norm), **by_step}
 
     train(
         step,
-        {"student": student, "optimizer": optimizer, "ema": ema},
+        {"student": roles.Trained(student), "optimizer": optimizer, "ema": ema},
         stage="trajectory",
         total_images=config.images - config.images % config.batch,
         images_per_step=config.batch,

@@ -26,7 +26,7 @@ from fewstep.evaluate.distances import energy_distance
 from fewstep.flow import Velocity, x0_from_velocity
 from fewstep.grids import shifted_grid
 from fewstep.guidance import Guided, combine
-from fewstep.models import sd3
+from fewstep.models import roles, sd3
 from fewstep.objectives import flow_matching, trajectory
 from fewstep.solvers import rollout
 from fewstep.stages.matching import Config
@@ -66,7 +66,9 @@ def averaged(networks: Mapping[str, nn.Module], averages: Mapping[str, EMA]) -> 
     def exchange() -> None:
         for name, network in networks.items():
             for key, parameter in network.named_parameters():
-                average = averages[name].average[f"student.{key}"]
+                average = averages[name].average.get(f"student.{key}")
+                if average is None:  # frozen
+                    continue
                 kept = parameter.detach().clone()
                 parameter.copy_(average)
                 average.copy_(kept)
@@ -120,7 +122,7 @@ def look(
 
 def trajectory_error(student: Velocity, stored: Trajectories, cond: TextCond) -> float:
     """Loss of trajectory guidance on held-out pairs of all steps, over the mean square of their targets."""
-    rows, errors, squares = torch.arange(len(stored.x)), [], []
+    rows, errors, squares = torch.arange(len(stored.prompts)), [], []
     for i, time in enumerate(stored.grid[:-1]):
         x_i, target = stored.pair(rows, torch.full_like(rows, i))
         errors.append(trajectory.loss(student, x_i, torch.full((len(rows),), time), target, cond).mean())
@@ -233,7 +235,7 @@ class Watcher:
         if self.held_out is None or not self._due(seen):
             return False
         size = self.config.batch
-        knows = in_chunks(sd3.velocity(proxy, fast_dtype()), size) if self.config.proxy_target == "A" else None
+        knows = in_chunks(sd3.velocity(proxy, fast_dtype(proxy.device)), size) if self.config.proxy_target == "A" else None
         asked = replace(teacher, velocity=in_chunks(teacher.velocity, size)) if isinstance(teacher, Guided) else teacher
         with averaged(students, averages):
             figures, x0 = look(self.held_out, in_chunks(student, size), knows, asked, self.config.seed)
@@ -246,7 +248,7 @@ class Watcher:
         figures["drift"] = figures["marginal_last"] - first["marginal_last"]
         figures["trajectory_rise"] = figures["trajectory"] / max(first["trajectory"], 1e-12)
         flat = {f"{b}/{name}": value for b, average in averages.items() for name, value in average.average.items()}
-        flat |= {f"{PROXY}/{name}": value for name, value in proxy.state_dict().items()}
+        flat |= {f"{PROXY}/{name}": value for name, value in roles.Trained(proxy).state_dict().items()}
         self.record.close_look({"images": seen, **figures}, flat)
         strip(self.held_out, x0, knows, self.held_out.pictures / f"{self.stage}-{seen:07d}.png")
         self.rolled_back = self._act(seen, averages, proxy)
@@ -280,7 +282,8 @@ class Watcher:
             )
         for branch, average in averages.items():
             average.load_state_dict({n: self.record.best[f"{branch}/{n}"] for n in average.average})
-        proxy.load_state_dict({n: self.record.best[f"{PROXY}/{n}"] for n in proxy.state_dict()})
+        of_proxy = roles.Trained(proxy)
+        of_proxy.load_state_dict({n: self.record.best[f"{PROXY}/{n}"] for n in of_proxy.state_dict()})
         print(f"{self.stage} rolls back to what it was at {self.nearest()['images']:,.0f} images and ends", file=sys.stderr)
         return True
 

@@ -1,0 +1,105 @@
+"""Students between the stages: how one is read from a run's folder, and how it gets there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffusers import SD3Transformer2DModel
+from torch import Tensor
+
+from fewstep.engine import artifact
+from fewstep.engine.artifact import Artifact
+from fewstep.engine.config import to_dict
+from fewstep.models import adapters, roles, sd3, sources
+from fewstep.recipes.pipeline import Distillation
+from fewstep.recipes.teacher import Teacher
+
+
+def record(
+    kind: artifact.Kind,
+    pipeline: Distillation,
+    teacher: Teacher,
+    config: object,
+    *parents: Artifact,
+    images: int = 0,
+    metrics: dict[str, float] | None = None,
+    note: str = "",
+) -> Artifact:
+    """What a student is: sampled on the recipe's grid without guidance."""
+    return Artifact(
+        kind=kind,
+        recipe=pipeline.name,
+        grid=pipeline.grid,
+        guidance_scale=1.0,
+        t5_tokens=teacher.record.t5_tokens,
+        images_seen=images,
+        parents={"teacher": teacher.record.weights, **{p.kind: p.weights for p in parents}},
+        metrics=metrics or {},
+        config=to_dict(config),
+        note=note,
+    )
+
+
+def write(
+    folder: Path,
+    made: Artifact,
+    teacher: Teacher,
+    network: SD3Transformer2DModel,
+    lora: dict[str, Tensor] | None = None,
+) -> None:
+    """Write a student: the teacher's folder (hard links where the disk allows) with another transformer.
+
+    Adapters are merged into their base, and lie beside it by themselves, too.
+
+    Args:
+        folder: the artefact's.
+        made: its record.
+        teacher: the teacher.
+        network: the student's transformer.
+        lora: adapters that make the teacher this student, where `network` has none of its own.
+    """
+    if adapters.has(network):
+        lora, network = adapters.state(network), adapters.merged(network)
+
+    def fill(at: Path) -> None:
+        sources.link(teacher.folder, at, without=("transformer",))
+        sd3.save_half(network, at / "transformer")
+        if lora:
+            adapters.save(lora, at)
+
+    artifact.write(folder, made, fill)
+
+
+def read(config: roles.Config, teacher: Teacher, folder: Path) -> SD3Transformer2DModel:
+    """The student that lies there, frozen, as the next stage goes on from it: whole, or the teacher with its adapters."""
+    if config.trained == "lora":
+        return adapters.load(teacher.pipe.transformer, folder / adapters.FILE)
+    return _whole(config, folder / "transformer")
+
+
+def write_proxy(folder: Path, proxy: SD3Transformer2DModel) -> None:
+    """Keep a proxy for the stage that goes on from it."""
+    if adapters.has(proxy):
+        adapters.save(adapters.state(proxy), folder)
+    else:
+        proxy.save_pretrained(folder)
+
+
+def read_proxy(config: roles.Config, teacher: Teacher, folder: Path) -> SD3Transformer2DModel:
+    """The proxy that `write_proxy` kept, frozen.
+
+    Raises:
+        ValueError: there is none.
+    """
+    left = folder / ("config.json" if config.trained == "full" else adapters.FILE)
+    if not left.is_file():
+        raise ValueError(
+            f"{left} is missing: stage `split` goes on from the proxy that stage `distribution` left there. "
+            "Delete 03-distribution and run again to make both anew"
+        )
+    return _whole(config, folder) if config.trained == "full" else adapters.load(teacher.pipe.transformer, left)
+
+
+def _whole(config: roles.Config, folder: Path) -> SD3Transformer2DModel:
+    network = SD3Transformer2DModel.from_pretrained(folder, local_files_only=True)
+    return network.requires_grad_(False).eval().to(config.place)

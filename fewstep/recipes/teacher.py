@@ -1,0 +1,112 @@
+"""The teacher of a distillation, opened: its record, its networks, prompts to conditions, its guided velocity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from fewstep.conditioning import TextCond
+from fewstep.data import embeddings
+from fewstep.data.trajectories import Encode
+from fewstep.engine import artifact
+from fewstep.engine.artifact import Artifact
+from fewstep.engine.precision import fast_dtype
+from fewstep.flow import Velocity
+from fewstep.guidance import guided
+from fewstep.models import roles, sd3
+from fewstep.recipes.pipeline import Distillation
+from fewstep.stages import evaluate
+from fewstep.worlds.shapes import TEACHER
+
+CONDITIONS = "conditions"  # folder of stored text conditions in a run's folder
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """An opened teacher artefact.
+
+    Attributes:
+        folder: where it lies.
+        record: what it is.
+        pipe: its pipeline; without text encoders where conditions are stored.
+        encode: prompts to conditions.
+        velocity: with its guidance.
+        latent: (16, H, W) of what it is asked to draw.
+    """
+
+    folder: Path
+    record: Artifact
+    pipe: StableDiffusion3Pipeline
+    encode: Encode
+    velocity: Velocity
+    latent: tuple[int, int, int]
+
+
+def folder_of(pipeline: Distillation) -> Path:
+    """Where the teacher of a distillation lies."""
+    return TEACHER if pipeline.teacher == "bundled" else Path(pipeline.teacher)
+
+
+def open_teacher(folder: Path, config: roles.Config = roles.FULL) -> Teacher:
+    """A teacher with everything in memory: transformer and autoencoder on the device of `config`, text encoders on the CPU.
+
+    Raises:
+        ValueError: not an artefact, or not a teacher, or no such device.
+    """
+    record = artifact.read(folder, "teacher")
+    pipe = _opened(folder, config)
+
+    def encode(texts: Sequence[str]) -> TextCond:
+        return evaluate.encode(pipe, texts, record.t5_tokens, 256)
+
+    return _teacher(folder, record, pipe, encode, 0)
+
+
+def open_for(pipeline: Distillation, out: Path) -> Teacher:
+    """The teacher of a run.
+
+    Where a benchmark of the bundled world is run, as `open_teacher`. Else each prompt is encoded once and kept in the run's
+    folder, and text encoders are in memory only while something new is encoded.
+
+    Raises:
+        ValueError: as `open_teacher`.
+    """
+    folder, config = folder_of(pipeline), pipeline.roles
+    if pipeline.evaluate.benchmark == "shapes":
+        return open_teacher(folder, config)
+    record = artifact.read(folder, "teacher")
+    pipe = _opened(folder, config, sd3.ENCODERS)
+
+    def encoders() -> Encode:
+        texts = sd3.load(folder, getattr(torch, config.frozen_dtype), ("transformer", "vae"))
+        for name in sd3.ENCODERS:
+            getattr(texts, name).to(config.place)
+        return lambda prompts: sd3.encode(texts, prompts, record.t5_tokens)
+
+    encode = embeddings.cached(encoders, out / CONDITIONS, getattr(torch, config.frozen_dtype))
+    return _teacher(folder, record, pipe, encode, pipeline.resolution)
+
+
+def _opened(folder: Path, config: roles.Config, without: Sequence[str] = ()) -> StableDiffusion3Pipeline:
+    pipe = sd3.load(folder, getattr(torch, config.frozen_dtype), without)
+    pipe.transformer.to(config.place)
+    pipe.vae.to(config.place)
+    return pipe
+
+
+def _teacher(folder: Path, record: Artifact, pipe: StableDiffusion3Pipeline, encode: Encode, resolution: int) -> Teacher:
+    network = sd3.velocity(pipe.transformer, fast_dtype(pipe.transformer.device))
+    velocity = guided(network, encode([""]), record.guidance_scale)
+    return Teacher(folder, record, pipe, encode, velocity, latent_shape(pipe, resolution))
+
+
+def latent_shape(pipe: StableDiffusion3Pipeline, resolution: int) -> tuple[int, int, int]:
+    """(16, H, W) of latents of a square image of `resolution` pixels; 0 is what the network was made for."""
+    network = pipe.transformer.config
+    factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    size = resolution // factor if resolution else network.sample_size
+    return network.in_channels, size, size
