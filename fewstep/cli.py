@@ -89,20 +89,27 @@ def run(
 def plan(
     recipe: tyro.conf.Positional[str],
     /,
+    gpus: str | None = None,
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE"), tyro.conf.UseAppendAction] = (),
     config: Path | None = None,
 ) -> None:
-    """Say how long a recipe takes on this machine, by stage, before anything is trained.
+    """Say what a recipe takes before anything is trained: minutes on this machine, or with --gpus memory on a GPU.
+
+    With --gpus no model is loaded: weights are counted, and what a network keeps for the way back is recorded from a pass
+    without numbers. Where a recipe does not fit, the settings that make it fit are named.
+
+    Example: fewstep plan sd35_medium_4step_frugal --gpus 1x24
 
     Args:
         recipe: name of a recipe.
+        gpus: number and memory in GiB, such as 1x24.
         set: change one setting, section.key=value; may be given several times.
         config: YAML file of settings.
     """
     from fewstep.recipes import demo as demonstration
 
     _prepare()
-    demonstration.print_plan(demonstration.resolve(recipe, list(set), config), timed=True)
+    demonstration.print_plan(demonstration.resolve(recipe, list(set), config), gpus is None, gpus)
 
 
 @app.command

@@ -183,3 +183,13 @@ def _step(solver: str) -> Step:
     if solver not in steps:
         raise ValueError(f"unknown solver {solver!r}: one of {', '.join(steps)}")
     return steps[solver]
+
+
+def in_chunks(velocity: Velocity, size: int) -> Velocity:
+    """The same velocity, at most `size` samples at a time: for what is asked without gradient, in little memory."""
+
+    def call(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+        rows = [slice(i, i + size) for i in range(0, len(x_t), size)]
+        return torch.cat([velocity(x_t[r], t[r], cond[r]) for r in rows])
+
+    return call

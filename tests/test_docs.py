@@ -51,7 +51,7 @@ def test_the_way_from_a_teacher_to_a_picture(
     for words in commands():
         if words[0] == "adopt":
             words = ["adopt", str(teacher_folder), *words[2:], "--t5-tokens", "12"]
-        if words[0] == "run":
+        if words[0] in ("run", "plan"):
             words += [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
         code, out, err = call(*words)
         assert code == 0, (words, err)

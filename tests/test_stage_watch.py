@@ -20,6 +20,7 @@ from fewstep.engine.ema import EMA
 from fewstep.engine.log import read_metrics
 from fewstep.engine.optim import Optim
 from fewstep.models import roles, sd3
+from fewstep.solvers import in_chunks
 from fewstep.stages import distribution, refinement, watch
 from fewstep.stages.watch import HeldOut
 
@@ -122,7 +123,7 @@ def test_a_look_takes_no_more_samples_at_once_than_an_update(world: World, held_
         return world.velocity.velocity(x_t, t, cond)
 
     x, t = world.stored.x[:, 0], torch.ones(32)
-    made = watch.in_chunks(velocity, 12)(x, t, world.cond)
+    made = in_chunks(velocity, 12)(x, t, world.cond)
     assert sizes == [12, 12, 8]
     torch.testing.assert_close(made, world.velocity.velocity(x, t, world.cond), rtol=1e-3, atol=1e-3)
 

@@ -65,8 +65,8 @@ FULL = Config()
 def trainable(network: SD3Transformer2DModel, config: Config, seed: int) -> SD3Transformer2DModel:
     """What a student or a proxy starts from: `network`, made trainable; evaluation mode (SD3 has no dropout).
 
-    Full: a copy in float32. LoRA: the same frozen weights, with a copy of the adapters that `network` has, or new ones
-    that change nothing yet.
+    Full: a copy in float32, on the device. LoRA: the same frozen weights, with a copy of the adapters that `network` has, or
+    new ones that change nothing yet.
 
     Args:
         network: where it starts; left as it is.
@@ -74,7 +74,7 @@ def trainable(network: SD3Transformer2DModel, config: Config, seed: int) -> SD3T
         seed: of new adapters.
     """
     if config.trained == "full":
-        made = copy.deepcopy(network).float().requires_grad_(True)
+        made = copy.deepcopy(network).float().to(config.place).requires_grad_(True)
     else:
         made = adapters.share(network)
         if adapters.has(made):

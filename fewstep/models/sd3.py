@@ -28,6 +28,7 @@ from fewstep.flow import Velocity
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 NETWORKS = ("transformer", "vae", *ENCODERS)
+DECODED_AT_ONCE = 64 * 64  # positions of latents
 TRAIN_TIMESTEPS = 1000.0  # the network's time input is 1000 t
 
 
@@ -184,8 +185,12 @@ def encode(pipe: StableDiffusion3Pipeline, prompts: Sequence[str], t5_tokens: in
 
 
 @torch.no_grad()
-def decode(pipe: StableDiffusion3Pipeline, x0: Tensor, batch: int = 64) -> Tensor:
-    """Latents (B, 16, H, W), scaled, to pixels (B, 3, 8H, 8W), nominally in [-1, 1]."""
+def decode(pipe: StableDiffusion3Pipeline, x0: Tensor) -> Tensor:
+    """Latents (B, 16, H, W), scaled, to pixels (B, 3, 8H, 8W), nominally in [-1, 1].
+
+    As many at once as make one image of 512 pixels' side, because the autoencoder's memory grows with the pixels.
+    """
+    batch = max(1, DECODED_AT_ONCE // (x0.shape[-2] * x0.shape[-1]))
     config = pipe.vae.config
     latents = x0.to(pipe.vae.device, pipe.vae.dtype) / config.scaling_factor + config.shift_factor
     pixels = [pipe.vae.decode(chunk, return_dict=False)[0].float() for chunk in latents.split(batch)]

@@ -90,7 +90,7 @@ def _side_by_side(pipeline: Distillation, own: list[str] | None, out: Path, teac
     cond: TextCond = teacher.encode([*texts, ""])
     with timed(out, "evaluate"):
         drawn = pictures.run(config, arms, texts, cond, teacher.latent, out / page.EVALUATION)
-        shown = {name: to_uint8(sd3.decode(teacher.pipe, made.x0[:, 0], batch=4)) for name, made in drawn.items()}
+        shown = {name: to_uint8(sd3.decode(teacher.pipe, made.x0[:, 0])) for name, made in drawn.items()}
     best = drawn[arms[0].name].x0
     rows: list[dict[str, Any]] = []
     for arm in arms:

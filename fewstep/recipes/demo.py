@@ -12,7 +12,7 @@ from fewstep.engine import artifact
 from fewstep.engine.config import from_dict, override, read_yaml, to_dict
 from fewstep.engine.log import clock
 from fewstep.models import sd3
-from fewstep.recipes import RECIPES, budget, distil, execute, teacher
+from fewstep.recipes import RECIPES, budget, distil, execute, memory, teacher
 from fewstep.recipes.layout import FOLDER, RESOLVED
 from fewstep.recipes.pipeline import Distillation, Pipeline, build
 from fewstep.worlds.shapes import STUDENT_4, TEACHER
@@ -62,11 +62,19 @@ def run(recipe: str, out: Path, minutes: float) -> None:
     print_result(report)
 
 
-def print_plan(pipeline: Pipeline, timed: bool = False) -> None:
-    """Print the resolved settings, the stages and their budgets; `timed` measures the machine for minutes."""
+def print_plan(pipeline: Pipeline, timed: bool = False, gpus: str | None = None) -> None:
+    """Print the resolved settings, the stages and their budgets.
+
+    Args:
+        pipeline: a recipe's settings.
+        timed: measure this machine and say how long each part takes; not for models too large to be measured so.
+        gpus: say what it takes of such a GPU's memory.
+    """
     print(yaml.safe_dump(to_dict(pipeline), sort_keys=False).rstrip())
     print(f"\nstages: {' -> '.join(pipeline.stages)}")
     if not isinstance(pipeline, Distillation):
+        if gpus:
+            raise ValueError("--gpus: the bundled teacher is trained on the CPU; give the recipe of a distillation")
         images = sum(p.images for p in pipeline.autoencoder.phases)
         print(f"autoencoder   {images:>10,} images\nteacher       {pipeline.teacher.images:>10,} images")
         return
@@ -86,7 +94,11 @@ def print_plan(pipeline: Pipeline, timed: bool = False) -> None:
     e = pipeline.evaluate
     asked = f"{e.per_task:>10,} prompts a task" if e.benchmark == "shapes" else f"{e.pictures:>10,} prompts, side by side"
     print(f"evaluate      {asked}, {e.seeds} seeds")
-    if timed:
+    if gpus:
+        print(f"\n{memory.report(pipeline, gpus)}")
+    if timed and e.benchmark == "pictures":
+        print("\nmemory on a GPU: fewstep plan --gpus 1x24")
+    elif timed:
         folder = teacher.folder_of(pipeline)
         record = artifact.read(folder, "teacher")
         spent = budget.seconds(pipeline, budget.measure(sd3.load(folder), record.t5_tokens))

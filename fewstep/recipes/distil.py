@@ -243,11 +243,13 @@ def _candidates(
     pipeline: Distillation, plain: Sequence[SD3Transformer2DModel], branches: dict[str, SD3Transformer2DModel]
 ) -> Iterator[tuple[str, Velocity]]:
     """What stage `merge` measures: the mixtures, both branches kept apart, and the student before the split."""
+    place = pipeline.roles.place
     for name in merge.names(pipeline.merge):
-        network = merge.candidate(name, *plain)
-        yield name, sd3.velocity(network, fast_dtype(network.device))
-    yield merge.BRANCHES, distribution.branched(branches, split.branch_at(pipeline.split.boundary))
-    yield "before", sd3.velocity(plain[0], fast_dtype(plain[0].device))
+        network = merge.candidate(name, *plain).to(place)
+        yield name, sd3.velocity(network, fast_dtype(place))
+    on_device = {name: branch.to(place) for name, branch in branches.items()}
+    yield merge.BRANCHES, distribution.branched(on_device, split.branch_at(pipeline.split.boundary))
+    yield "before", sd3.velocity(plain[0].to(place), fast_dtype(place))
 
 
 def _whole(images: int, batch: int) -> int:

@@ -71,10 +71,13 @@ def write(
 
 
 def read(config: roles.Config, teacher: Teacher, folder: Path) -> SD3Transformer2DModel:
-    """The student that lies there, frozen, as the next stage goes on from it: whole, or the teacher with its adapters."""
+    """The student that lies there, frozen, as the next stage goes on from it.
+
+    Whole, on the CPU (what is trained is a copy on the device); or the teacher, where it is, with the student's adapters.
+    """
     if config.trained == "lora":
         return adapters.load(teacher.pipe.transformer, folder / adapters.FILE)
-    return _whole(config, folder / "transformer")
+    return _whole(folder / "transformer")
 
 
 def write_proxy(folder: Path, proxy: SD3Transformer2DModel) -> None:
@@ -97,9 +100,8 @@ def read_proxy(config: roles.Config, teacher: Teacher, folder: Path) -> SD3Trans
             f"{left} is missing: stage `split` goes on from the proxy that stage `distribution` left there. "
             "Delete 03-distribution and run again to make both anew"
         )
-    return _whole(config, folder) if config.trained == "full" else adapters.load(teacher.pipe.transformer, left)
+    return _whole(folder) if config.trained == "full" else adapters.load(teacher.pipe.transformer, left)
 
 
-def _whole(config: roles.Config, folder: Path) -> SD3Transformer2DModel:
-    network = SD3Transformer2DModel.from_pretrained(folder, local_files_only=True)
-    return network.requires_grad_(False).eval().to(config.place)
+def _whole(folder: Path) -> SD3Transformer2DModel:
+    return SD3Transformer2DModel.from_pretrained(folder, local_files_only=True).requires_grad_(False).eval()

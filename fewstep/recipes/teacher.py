@@ -19,6 +19,7 @@ from fewstep.flow import Velocity
 from fewstep.guidance import guided
 from fewstep.models import roles, sd3
 from fewstep.recipes.pipeline import Distillation
+from fewstep.solvers import in_chunks
 from fewstep.stages import evaluate
 from fewstep.worlds.shapes import TEACHER
 
@@ -63,7 +64,7 @@ def open_teacher(folder: Path, config: roles.Config = roles.FULL) -> Teacher:
     def encode(texts: Sequence[str]) -> TextCond:
         return evaluate.encode(pipe, texts, record.t5_tokens, 256)
 
-    return _teacher(folder, record, pipe, encode, 0)
+    return _teacher(folder, record, pipe, encode)
 
 
 def open_for(pipeline: Distillation, out: Path) -> Teacher:
@@ -88,7 +89,7 @@ def open_for(pipeline: Distillation, out: Path) -> Teacher:
         return lambda prompts: sd3.encode(texts, prompts, record.t5_tokens)
 
     encode = embeddings.cached(encoders, out / CONDITIONS, getattr(torch, config.frozen_dtype))
-    return _teacher(folder, record, pipe, encode, pipeline.resolution)
+    return _teacher(folder, record, pipe, encode, pipeline.resolution, 2 * pipeline.distribution.micro_batch)
 
 
 def _opened(folder: Path, config: roles.Config, without: Sequence[str] = ()) -> StableDiffusion3Pipeline:
@@ -98,8 +99,12 @@ def _opened(folder: Path, config: roles.Config, without: Sequence[str] = ()) -> 
     return pipe
 
 
-def _teacher(folder: Path, record: Artifact, pipe: StableDiffusion3Pipeline, encode: Encode, resolution: int) -> Teacher:
+def _teacher(
+    folder: Path, record: Artifact, pipe: StableDiffusion3Pipeline, encode: Encode, resolution: int = 0, at_once: int = 0
+) -> Teacher:
     network = sd3.velocity(pipe.transformer, fast_dtype(pipe.transformer.device))
+    if at_once:  # guidance doubles a batch
+        network = in_chunks(network, at_once)
     velocity = guided(network, encode([""]), record.guidance_scale)
     return Teacher(folder, record, pipe, encode, velocity, latent_shape(pipe, resolution))
 

@@ -28,7 +28,7 @@ from fewstep.grids import shifted_grid
 from fewstep.guidance import Guided, combine
 from fewstep.models import roles, sd3
 from fewstep.objectives import flow_matching, trajectory
-from fewstep.solvers import rollout
+from fewstep.solvers import in_chunks, rollout
 from fewstep.stages.matching import Config
 
 TIMES = (0.3, 0.5, 0.7, 0.9)  # at which proxy and teacher are asked about the student's samples
@@ -78,16 +78,6 @@ def averaged(networks: Mapping[str, nn.Module], averages: Mapping[str, EMA]) -> 
         yield
     finally:
         exchange()
-
-
-def in_chunks(velocity: Velocity, size: int) -> Velocity:
-    """The same velocity, `size` samples at a time, so that a look takes no more memory than an update."""
-
-    def call(x_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
-        rows = [slice(i, i + size) for i in range(0, len(x_t), size)]
-        return torch.cat([velocity(x_t[r], t[r], cond[r]) for r in rows])
-
-    return call
 
 
 @torch.no_grad()
@@ -234,7 +224,7 @@ class Watcher:
         """
         if self.held_out is None or not self._due(seen):
             return False
-        size = self.config.batch
+        size = self.config.micro_batch or self.config.batch
         knows = in_chunks(sd3.velocity(proxy, fast_dtype(proxy.device)), size) if self.config.proxy_target == "A" else None
         asked = replace(teacher, velocity=in_chunks(teacher.velocity, size)) if isinstance(teacher, Guided) else teacher
         with averaged(students, averages):

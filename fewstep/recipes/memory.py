@@ -1,0 +1,230 @@
+"""How much memory a distillation takes on its device, and what would make it fit, before anything is loaded.
+
+Weights, gradients, moments and averages are counted. What a network keeps for the way back is not estimated but recorded:
+the network runs through its forward pass with tensors that have a shape and no memory.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fewstep.conditioning import TextCond
+from fewstep.engine import artifact
+from fewstep.engine.config import override
+from fewstep.models import adapters, architectures, heads, sd3
+from fewstep.recipes.pipeline import Distillation
+from fewstep.recipes.teacher import folder_of
+
+GIB = 2**30
+CONTEXT = 1.0 * GIB  # what a CUDA process takes before the first tensor, and what fragments
+CLIP_TOKENS = 77
+# What needs less memory, the least costly first: the same result, then the same in more time, then another student.
+CHANGES: tuple[tuple[str, ...], ...] = (
+    ("roles.frozen_dtype=bfloat16",),
+    *((f"trajectory.micro_batch={n}", f"distribution.micro_batch={n}") for n in (8, 4)),
+    ("roles.checkpointing=true",),
+    *((f"trajectory.micro_batch={n}", f"distribution.micro_batch={n}") for n in (2, 1)),
+    ("roles.trained=lora",),
+    ("resolution=512",),
+)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A transformer by its numbers, in bytes where not said otherwise.
+
+    Attributes:
+        weights: how many.
+        adapters: how many weights its adapters have.
+        kept: what a forward pass of a microbatch keeps for the way back.
+        again: what one block keeps while it is computed again; 0 without checkpointing.
+        width: of a token.
+    """
+
+    weights: int
+    adapters: int
+    kept: int
+    again: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What lies on the device at the fullest moment of a stage: bytes by name."""
+
+    name: str
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """Bytes in all."""
+        return sum(self.parts.values())
+
+
+def configuration(pipeline: Distillation) -> dict[str, Any]:
+    """The transformer's configuration: the teacher's, or for a recipe of SD3.5 whose teacher is not there yet, SD3.5's."""
+    path = folder_of(pipeline) / "transformer" / "config.json"
+    if path.is_file():
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return {name: value for name, value in raw.items() if not name.startswith("_")}
+    if not pipeline.name.startswith("sd35_"):
+        raise ValueError(f"{path} does not exist: `plan --gpus` needs the teacher's configuration")
+    return architectures.SD35_LARGE if "large" in pipeline.name else architectures.SD35_MEDIUM
+
+
+def network(pipeline: Distillation, batch: int) -> Network:
+    """Measure the transformer of a distillation without its weights, for forward passes of `batch` images.
+
+    From two images on, what is kept grows evenly with the batch (a single one needs no copies where others broadcast).
+    """
+    config, chosen = configuration(pipeline), pipeline.roles
+    size, tokens = pipeline.resolution // 8 or config["sample_size"], _text_tokens(pipeline)
+    rank = chosen.rank if chosen.trained == "lora" else 0
+    asked = json.dumps(config), rank, chosen.frozen_dtype, size, tokens
+    weights, own, width, plain, checkpointed = _measured(*asked, min(batch, 2))
+    if batch > 2:
+        grown = _measured(*asked, 3)[3:]
+        both = zip((plain, checkpointed), grown, strict=True)
+        plain, checkpointed = (two + (batch - 2) * (three - two) for two, three in both)
+    if not chosen.checkpointing:
+        return Network(weights, own, plain, 0, width)
+    return Network(weights, own, checkpointed, (plain - checkpointed) // config["num_layers"], width)
+
+
+@lru_cache(maxsize=64)
+def _measured(config: str, rank: int, dtype: str, size: int, tokens: int, batch: int) -> tuple[int, int, int, int, int]:
+    """Weights, weights of adapters, width, and bytes kept for the way back: without and with checkpointing."""
+    sd3.quiet()
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(config).items()}
+    with torch.device("meta"):
+        made = SD3Transformer2DModel(**settings).to(getattr(torch, dtype) if rank else torch.float32)
+    weights = sum(p.numel() for p in made.parameters())
+    if rank:
+        adapters.add(made, rank, 0)
+    own = sum(p.numel() for name, p in made.named_parameters() if ".lora_" in name)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        made = made.to_empty(device="cpu")
+        x = torch.empty(batch, made.config.in_channels, size, size)
+        told = torch.empty(batch, tokens, made.config.joint_attention_dim)
+        cond = TextCond(told, torch.empty(batch, made.config.pooled_projection_dim))
+        plain = kept(made, x, cond)
+        made.enable_gradient_checkpointing()
+        return weights, own, made.inner_dim, plain, kept(made, x, cond)
+
+
+def kept(made: SD3Transformer2DModel, x: Tensor, cond: TextCond, compute: torch.dtype | None = torch.bfloat16) -> int:
+    """Bytes of distinct storages that a forward pass saves for the way back, weights not counted."""
+    weights = {p.untyped_storage()._cdata for p in made.parameters()}
+    found: dict[int, tuple[int, Any]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            found[storage._cdata] = storage.nbytes(), storage  # held, so that no other one gets its number
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        sd3.velocity(made, compute)(x, torch.ones(len(x)), cond)
+    return sum(size for size, _ in found.values())
+
+
+def phases(pipeline: Distillation) -> list[Phase]:
+    """The fullest moment of each stage that trains, and of encoding prompts."""
+    t, d = pipeline.trajectory, pipeline.distribution
+    first, second = network(pipeline, t.micro_batch or t.batch), network(pipeline, d.micro_batch or d.batch)
+    narrow = getattr(torch, pipeline.roles.frozen_dtype).itemsize
+    full = pipeline.roles.trained == "full"
+    frozen = {"teacher": first.weights * narrow, "autoencoder": architectures.AUTOENCODER_WEIGHTS * narrow, "context": CONTEXT}
+    trained = first.weights if full else first.adapters
+    encoders = {"text encoders": sum(architectures.ENCODER_WEIGHTS.values()) * narrow}
+    student = {"student": 4.0 * trained, "student's moments": 8.0 * trained, "student's average": 4.0 * trained}
+    proxy = {"proxy": 4.0 * trained, "proxy's moments": 8.0 * trained}
+    head = sum(p.numel() for p in heads.build(second.width, d.adversary.hidden, range(d.adversary.heads)).parameters())
+    adversary = {"heads": 16.0 * head} if d.adversary.weight > 0 else {}
+    gradients = {"gradients": 4.0 * trained}
+    graphs = 2 if d.trajectory_weight > 0 else 1  # matching and trajectory guidance go back together
+    back = {"kept for the way back": float(graphs * second.kept + second.again)}
+    out = [Phase("text conditions", frozen | encoders)] if pipeline.evaluate.benchmark == "pictures" else []
+    out.append(Phase("trajectory", frozen | student | gradients | {"kept for the way back": float(first.kept + first.again)}))
+    out.append(Phase("distribution", frozen | student | proxy | adversary | gradients | back))
+    if not pipeline.split.skip and len(pipeline.grid) > 3:
+        branches = {f"{name}s of two branches" if name == "student" else name: 2 * size for name, size in student.items()}
+        out.append(Phase("split", frozen | branches | proxy | adversary | gradients | back))
+    return out
+
+
+def _text_tokens(pipeline: Distillation) -> int:
+    folder = folder_of(pipeline)
+    return CLIP_TOKENS + (artifact.read(folder).t5_tokens if artifact.exists(folder) else 256)
+
+
+def remedy(pipeline: Distillation, capacity: float) -> list[str]:
+    """The settings that make a distillation fit into `capacity` bytes, as few as will do; none where nothing does."""
+    words: list[str] = []
+    for change in CHANGES:
+        if fits(pipeline, words + list(change), capacity):
+            words += change
+            break
+        words += change
+    else:
+        return []
+    for word in list(words):  # what came earlier may no longer be needed
+        fewer = [w for w in words if w != word]
+        if fits(pipeline, fewer, capacity):
+            words = fewer
+    return list({word.partition("=")[0]: word for word in words}.values())
+
+
+def fits(pipeline: Distillation, words: list[str], capacity: float) -> bool:
+    """Whether a distillation with some settings changed fits; settings that cannot work together do not."""
+    try:
+        changed = override(pipeline, words)
+    except ValueError:
+        return False
+    return max(phase.total for phase in phases(changed)) <= capacity
+
+
+def report(pipeline: Distillation, gpus: str) -> str:
+    """What `fewstep plan --gpus` prints.
+
+    Raises:
+        ValueError: `gpus` is not of the form 1x24.
+    """
+    count, _, size = gpus.partition("x")
+    if not count.isdigit() or not size.replace(".", "", 1).isdigit() or int(count) < 1 or float(size) <= 0:
+        raise ValueError(f"--gpus {gpus}: give number and memory in GiB, such as 1x24")
+    if int(count) != 1:
+        raise ValueError(f"--gpus {gpus}: a run uses one GPU so far; give 1x{size}")
+    capacity, found = float(size) * GIB, phases(pipeline)
+    lines = []
+    for phase in found:
+        fits = "fits" if phase.total <= capacity else "DOES NOT FIT"
+        lines.append(f"{phase.name:<18}{phase.total / GIB:>8.1f} GiB  {fits}")
+        lines += [f"    {name:<26}{size / GIB:>8.2f}" for name, size in phase.parts.items() if size >= 0.005 * GIB]
+    if max(phase.total for phase in found) > capacity:
+        made = remedy(pipeline, capacity)
+        words = " ".join(f"--set {word}" for word in made)
+        lines.append(f"it fits with: {words}" if made else "no setting makes it fit: a larger GPU is needed")
+    lines += ["", *disk(pipeline)]
+    return "\n".join(lines)
+
+
+def disk(pipeline: Distillation) -> list[str]:
+    """What a run writes, in words."""
+    config, steps = configuration(pipeline), len(pipeline.grid) - 1
+    size = pipeline.resolution // 8 or config["sample_size"]
+    latents = pipeline.trajectory.trajectories * (steps + 1) * config["in_channels"] * size * size * 4
+    width = getattr(torch, pipeline.roles.frozen_dtype).itemsize
+    cond = (_text_tokens(pipeline) * config["joint_attention_dim"] + config["pooled_projection_dim"]) * width
+    lines = [f"disk: {latents / GIB:.1f} GiB of teacher trajectories"]
+    if pipeline.evaluate.benchmark == "pictures":
+        lines.append(f"      {cond / 2**20:.2f} MiB of text conditions a prompt")
+    return lines

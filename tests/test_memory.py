@@ -1,0 +1,91 @@
+"""The memory plan: what it records without numbers is what a real network keeps, and its advice makes things fit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import Call, tiny_pipe, tiny_recipe
+
+from fewstep.conditioning import TextCond
+from fewstep.engine.config import override
+from fewstep.models import adapters, roles
+from fewstep.recipes import memory
+from fewstep.recipes.memory import GIB
+from fewstep.recipes.pipeline import Distillation
+
+TOKENS = 20
+
+
+def real(trained: str, again: bool, batch: int) -> int:
+    """Bytes that a real network keeps, in float32."""
+    network = tiny_pipe().transformer
+    if trained == "lora":
+        network = adapters.share(network)
+        adapters.add(network, 4, 0)
+    else:
+        network.requires_grad_(True)
+    if again:
+        network.enable_gradient_checkpointing()
+    config = network.config
+    told = torch.randn(batch, TOKENS, config.joint_attention_dim)
+    cond = TextCond(told, torch.randn(batch, config.pooled_projection_dim))
+    return memory.kept(network, torch.randn(batch, 16, 8, 8), cond, None)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
+@pytest.mark.parametrize("trained", ["full", "lora"])
+def test_what_is_recorded_without_numbers_is_what_a_network_keeps(
+    trained: str, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory.kept, "__defaults__", (None,))  # float32, as above
+    memory._measured.cache_clear()
+    config = json.dumps({k: v for k, v in tiny_pipe().transformer.config.items() if not k.startswith("_")})
+    rank, which = (4 if trained == "lora" else 0), (4 if again else 3)
+    recorded = {n: memory._measured(config, rank, "float32", 8, TOKENS, n)[which] for n in (1, 2, 3)}
+    memory._measured.cache_clear()
+    assert recorded == {n: real(trained, again, n) for n in recorded}
+    assert recorded[2] + 3 * (recorded[3] - recorded[2]) == real(trained, again, 5)  # it grows evenly with the batch
+
+
+def test_weights_are_counted(teacher_folder: Path) -> None:
+    pipeline = tiny_recipe(teacher_folder, 4)
+    network, transformer = memory.network(pipeline, 2), tiny_pipe().transformer
+    assert network.weights == sum(p.numel() for p in transformer.parameters()) and network.adapters == 0
+    found = {phase.name: phase.parts for phase in memory.phases(pipeline)}
+    assert found["distribution"]["proxy's moments"] == 8 * network.weights
+    assert found["split"]["students of two branches"] == 2 * found["distribution"]["student"] == 8 * network.weights
+    shared = replace(pipeline, roles=roles.Config(trained="lora", rank=4))
+    adapted = adapters.share(transformer)
+    adapters.add(adapted, 4, 0)
+    assert memory.network(shared, 2).adapters == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def test_what_does_not_fit_is_made_to_fit_by_what_is_advised(teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.architectures, "AUTOENCODER_WEIGHTS", 0)  # a hundred times the tiny transformer
+    pipeline = tiny_recipe(teacher_folder, 4, roles=roles.Config(rank=2))
+    needed = max(phase.total for phase in memory.phases(pipeline))
+    capacity = needed - 0.5 * (needed - memory.CONTEXT)
+    words = memory.remedy(pipeline, capacity)
+    assert words and memory.fits(pipeline, words, capacity) and not memory.fits(pipeline, [], capacity)
+    assert all(not memory.fits(pipeline, [w for w in words if w != word], capacity) for word in words)
+    assert isinstance(override(pipeline, words), Distillation)
+    assert memory.remedy(pipeline, memory.CONTEXT) == []
+
+
+def test_the_command_says_what_fits(call: Call, teacher_folder: Path) -> None:
+    words = ["plan", "shapes_4step", "--set", f"teacher={teacher_folder}", "--set", "distribution.adversary.heads=2", "--gpus"]
+    code, out, _ = call(*words, "1x24")
+    assert code == 0 and "distribution" in out and "fits" in out and "DOES NOT" not in out
+    code, out, _ = call(*words, f"1x{(memory.CONTEXT - 1) / GIB:.3f}")
+    assert code == 0 and "DOES NOT FIT" in out and "a larger GPU is needed" in out
+    for gpus, message in (("24", "number and memory"), ("2x24", "one GPU so far"), ("1x0", "number and memory")):
+        code, _, err = call(*words, gpus)
+        assert code == 2 and message in err
+    code, _, err = call("plan", "shapes_teacher", "--gpus", "1x24")
+    assert code == 2 and "the recipe of a distillation" in err
+    code, out, _ = call("plan", "sd35_medium_4step_frugal")
+    assert code == 0 and "fewstep plan --gpus" in out
