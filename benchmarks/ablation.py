@@ -39,7 +39,7 @@ from fewstep.report import page
 from fewstep.solvers import renoising_rollout, rollout
 from fewstep.stages import evaluate, split, watch
 
-TRAJECTORIES, START, REFINED, SPLIT = 1_920, 38_400, 2_560, 640  # teacher trajectories, and student samples of each stage
+TRAJECTORIES, START, REFINED, SPLIT = 1_920, 38_400, 3_840, 640  # teacher trajectories, and student samples of each stage
 BASE = [
     f"trajectory.trajectories={TRAJECTORIES}",
     f"trajectory.images={START}",
@@ -49,7 +49,7 @@ BASE = [
     "merge.per_task=10",
     "merge.seeds=2",
     "evaluate.per_task=40",
-    "evaluate.seeds=2",
+    "evaluate.seeds=4",
 ]
 QUICK = ["trajectory.trajectories=640", "trajectory.images=12800", "evaluate.per_task=8", "merge.per_task=2"]
 QUICK += ["distribution.images=320", "split.images=160"]
@@ -59,7 +59,7 @@ ALONE = ["split.skip=true"]  # the budget of the split goes into stage `distribu
 ARMS: dict[str, list[str]] = {
     "trajectory_only": [],
     "full": [],
-    "dmd2": ["distribution.preset=dmd2", *ALONE],
+    "dmd2": ["distribution.preset=dmd2", "distribution.adversary.weight=0.1", *ALONE],  # as strong an adversary as "full"
     "tdm": ["distribution.preset=tdm", *ALONE],
     "phased": ["distribution.preset=phased", *ALONE],
     "decoupled": ["distribution.preset=decoupled", *ALONE],

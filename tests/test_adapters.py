@@ -93,6 +93,16 @@ def test_adapters_are_wide_on_a_narrow_base() -> None:
     assert {p.dtype for p in network.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
+def test_a_file_comes_back_to_the_bit_on_a_narrow_base(pipe: Any, tmp_path: Path) -> None:
+    """Stages hand adapters on by files; the base's type must not round them."""
+    network = adapted(pipe, 1)
+    adapters.save(adapters.state(network), tmp_path)
+    narrow = adapters.load(tiny_pipe().transformer.to(torch.bfloat16), tmp_path / adapters.FILE)
+    for made in (narrow, adapters.attach(pipe.transformer, adapters.read(tmp_path / adapters.FILE))):
+        again = adapters.state(made)
+        assert all(torch.equal(again[name], weight) for name, weight in adapters.state(network).items())
+
+
 def test_merged_weights_are_the_base_plus_the_product(pipe: Any, cond: TextCond) -> None:
     network = adapted(pipe, 1)
     plain, weights = adapters.merged(network), adapters.state(network)

@@ -86,7 +86,7 @@ def test_text_encoders_open_only_for_what_is_new(run: tuple[Path, Distillation],
         opened.append(1)
         return world.encode
 
-    encode = embeddings.cached(encoders, tmp_path / "c", batch=2)
+    encode = embeddings.OnDisk(encoders, tmp_path / "c", batch=2)
     first = encode(["a", "b", "c", "a"])
     again = encode(["c", "a"])
     assert opened == [1] and torch.equal(again.tokens, first.tokens[[2, 0]]) and torch.equal(again.pooled, first.pooled[[2, 3]])
@@ -98,14 +98,36 @@ def test_text_encoders_open_only_for_what_is_new(run: tuple[Path, Distillation],
         encode(["a"])
 
 
-def test_microbatches_add_up_to_the_batch(tmp_path: Path) -> None:
+def test_a_run_opens_its_text_encoders_once(
+    run: tuple[Path, Distillation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every prompt that any stage meets is encoded before the first of them."""
+    out, made = run
+    opened, load = [], sd3.load
+
+    def watched(folder: Path, dtype: torch.dtype = torch.float32, without: Any = ()) -> Any:
+        if "text_encoder" not in without:
+            opened.append(folder)
+        return load(folder, dtype, without)
+
+    monkeypatch.setattr(sd3, "load", watched)
+    execute.run(made, tmp_path / "out")
+    assert len(opened) == 1
+    names = [out / "05-merge" / "transformer", tmp_path / "out" / "05-merge" / "transformer"]
+    files = [next(name.glob("*.safetensors")).read_bytes() for name in names]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_microbatches_add_up_to_the_batch(tmp_path: Path, joint: bool) -> None:
     """One update in parts moves student, proxy and heads as one update in one piece, up to rounding."""
     world = World(tmp_path)
     given = distribution.Given(world.pipe.transformer, world.velocity, world.stored, world.encode, lambda k: "a red circle")
     figures, weights = [], []
     for micro in (0, 4, 3):
         optim = Optim(lr=1e-3)
-        config = distribution.Config(images=64, batch=8, proxy_updates=2, adversary=HEADS, optim=optim, proxy_optim=optim)
+        heads = replace(HEADS, joint=joint)
+        config = distribution.Config(images=64, batch=8, proxy_updates=2, adversary=heads, optim=optim, proxy_optim=optim)
         config = replace(config, micro_batch=micro)
         state = distribution.begin(config, {"student": world.pipe.transformer}, lambda t: "student", given)
         figures.append(distribution.update(state, config, given, 0))

@@ -44,7 +44,7 @@ def train(
         images_per_step: how far one step moves the count.
         work: folder for checkpoints.
         metrics: the run's metrics.jsonl.
-        checkpoint_every_s: seconds between checkpoints.
+        checkpoint_every_s: seconds between checkpoints; more where writing one takes more than a twentieth of them.
         log_every: steps between rows of the log.
         look: called with the images seen before the first step and after each; True ends the stage early. What it
             changes belongs into `parts`.
@@ -61,7 +61,7 @@ def train(
     seen = checkpoint.restore(work, parts)
     log, progress = Metrics(metrics, stage, seen), Progress(stage, total_images, seen)
     saved, saved_at = time.monotonic(), seen
-    note = ""
+    note, took = "", 0.0
     ended = look is not None and look(seen)
     while seen < total_images and not ended:
         values = {name: float(value) for name, value in step(seen).items()}
@@ -79,9 +79,11 @@ def train(
         progress.show(seen, note)
         ended = look is not None and look(seen)
         # A stage that a look ended is not saved: resumed, it ends again by the same look.
-        if time.monotonic() - saved > checkpoint_every_s and seen < total_images and not ended:
+        if time.monotonic() - saved > max(checkpoint_every_s, 20 * took) and seen < total_images and not ended:
+            began = time.monotonic()
             checkpoint.save(work, parts, seen)
             saved, saved_at = time.monotonic(), seen
+            took = saved - began if checkpoint_every_s > 0 else 0.0
     if seen >= total_images and saved_at < seen:  # whoever is killed before the artefact is whole need not train again
         checkpoint.save(work, parts, seen)
     progress.close(note)

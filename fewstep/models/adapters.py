@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor
 
 # Attention, feed-forward and modulation of every joint block (ours): a student differs from its teacher most in what it
@@ -88,18 +89,45 @@ def load(base: SD3Transformer2DModel, file: Path) -> SD3Transformer2DModel:
         raise ValueError(f"{file} does not fit this base: {error}") from error
     if not has(network):
         raise ValueError(f"{file} holds no adapter for a transformer")
+    return _filled(network, read(file))
+
+
+def attach(base: SD3Transformer2DModel, weights: Mapping[str, Tensor]) -> SD3Transformer2DModel:
+    """The base with given adapters, by peft's names, frozen; the base stays as it is and shares its tensors."""
+    network = share(base)
+    rank = next(len(weight) for name, weight in weights.items() if ".lora_A." in name)
+    add(network, rank, 0)
+    return _filled(network, weights)
+
+
+def read(file: Path) -> dict[str, Tensor]:
+    """The weights of a stored adapter, by peft's names."""
+    return {name.removeprefix("transformer."): weight for name, weight in load_file(file).items()}
+
+
+@torch.no_grad()
+def _filled(network: SD3Transformer2DModel, weights: Mapping[str, Tensor]) -> SD3Transformer2DModel:
+    """Put adapters in as they are: peft makes them in the base's type, which may be narrower."""
     release(network)
+    for name, parameter in state(network).items():
+        parameter.copy_(weights[name])
     return network.requires_grad_(False).eval()
 
 
 def merged(network: SD3Transformer2DModel) -> SD3Transformer2DModel:
-    """A plain float32 network, W + B A in place of each adapted matrix; one without adapters is returned as it is."""
+    """A plain float32 network on the CPU, W + B A in place of each adapted matrix; one without adapters as it is."""
     if not has(network):
         return network
-    plain = copy.deepcopy(network).float().requires_grad_(False)
-    plain.fuse_lora()
-    plain.unload_lora()
-    return plain.eval()
+    plain = {n.replace(".base_layer", ""): t.detach().to("cpu", torch.float32) for n, t in network.state_dict().items()}
+    for name, a in state(network).items():
+        if ".lora_A." in name:
+            b = plain[name.replace(".lora_A.", ".lora_B.default.")]
+            module = name.partition(".lora_A.")[0]
+            plain[f"{module}.weight"] = plain[f"{module}.weight"] + b @ a.to("cpu", torch.float32)
+    with torch.device("meta"):
+        made: SD3Transformer2DModel = SD3Transformer2DModel.from_config(network.config)
+    made.load_state_dict({n: t for n, t in plain.items() if _OWN not in n}, assign=True)
+    return made.requires_grad_(False).eval()
 
 
 def combine(parts: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ what happens inside a network.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -220,8 +219,13 @@ def save(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
 
 
 def save_half(network: ModelMixin, folder: Path) -> None:
-    """Write one of diffusers' networks in float16; the network itself keeps its precision."""
-    half = copy.deepcopy(network).to("cpu", torch.float16)
+    """Write one of diffusers' networks in float16; the network itself keeps its precision.
+
+    The copy is made on the CPU, tensor by tensor: there may be no room for a second one on the device.
+    """
+    with torch.device("meta"):
+        half = type(network).from_config(network.config)
+    half.load_state_dict({n: t.detach().to("cpu", torch.float16) for n, t in network.state_dict().items()}, assign=True)
     half.register_to_config(_name_or_path="")
     half.save_pretrained(folder)
 

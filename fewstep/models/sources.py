@@ -100,13 +100,14 @@ def _check_shards(part: Path) -> None:
             raise ValueError(f"{part} is not whole: {missing[0]} of {len(wanted)} files is missing; download the folder again")
 
 
-def link(folder: Path, target: Path, without: Collection[str] = ()) -> None:
+def link(folder: Path, target: Path, without: Collection[str] = (), copies: bool = False) -> None:
     """Fill `target` with a pipeline folder's own files: hard links where the disk allows, so that no space is spent.
 
     Args:
         folder: a folder that `check` passes.
         target: an existing folder.
         without: parts that are left out, because another version of them will lie there.
+        copies: copy every file.
     """
     named = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     shutil.copyfile(folder / "model_index.json", target / "model_index.json")
@@ -116,7 +117,7 @@ def link(folder: Path, target: Path, without: Collection[str] = ()) -> None:
         (target / part).mkdir()
         for file in sorted((folder / part).iterdir()):
             if file.is_file() and ".fp16" not in file.name and file.suffix in (".json", ".txt", ".model", ".safetensors"):
-                _link(file.resolve(), target / part / file.name)  # the hub's cache holds symbolic links
+                (shutil.copyfile if copies else _link)(file.resolve(), target / part / file.name)  # the hub has symbolic links
 
 
 def _link(file: Path, target: Path) -> None:

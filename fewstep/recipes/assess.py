@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fewstep.conditioning import TextCond
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
 from fewstep.data import prompts
 from fewstep.engine import artifact
 from fewstep.engine.log import read_metrics
@@ -61,16 +64,19 @@ def report(
         teacher: the teacher.
         students: names of the students that are measured, by kind, the last one the result.
     """
-    arms = _teachers(pipeline, teacher)
-    for kind, name in students.items():
-        folder = out / FOLDER[artifact.MAKER[kind]]
-        made = artifact.read(folder, kind)
-        student = sd3.load(folder, without=sd3.ENCODERS).transformer.to(pipeline.roles.place)
-        network = sd3.velocity(student, fast_dtype(student.device))
-        arms.append(evaluate.Arm(name, made.grid, made.guidance_scale, network, made.weights))
+
+    def arms() -> Iterator[evaluate.Arm]:  # one student at a time: each is a whole network
+        yield from _teachers(pipeline, teacher)
+        for kind, name in students.items():
+            folder = out / FOLDER[artifact.MAKER[kind]]
+            made = artifact.read(folder, kind)
+            student = sd3.load(folder, without=sd3.ENCODERS).transformer.to(pipeline.roles.place)
+            network = sd3.velocity(student, fast_dtype(student.device))
+            yield evaluate.Arm(name, made.grid, made.guidance_scale, network, made.weights)
+
     if pipeline.evaluate.benchmark == "shapes":
-        return _benchmark(pipeline, out, teacher, arms)
-    return _side_by_side(pipeline, own, out, teacher, arms)
+        return _benchmark(pipeline, out, teacher, list(arms()))
+    return _side_by_side(pipeline, own, out, teacher, arms())
 
 
 def _teachers(pipeline: Distillation, teacher: Teacher) -> list[evaluate.Arm]:
@@ -85,16 +91,19 @@ def _benchmark(pipeline: Distillation, out: Path, teacher: Teacher, arms: list[e
     return page.write(out, collected, {"name": pipeline.name, "seconds": _seconds(out)})
 
 
-def _side_by_side(pipeline: Distillation, own: list[str] | None, out: Path, teacher: Teacher, arms: list[evaluate.Arm]) -> Path:
-    config, texts = pipeline.evaluate, prompts.reported(own, pipeline.evaluate.pictures)
-    cond: TextCond = teacher.encode([*texts, ""])
-    with timed(out, "evaluate"):
-        drawn = pictures.run(config, arms, texts, cond, teacher.latent, out / page.EVALUATION)
-        shown = {name: to_uint8(sd3.decode(teacher.pipe, made.x0[:, 0])) for name, made in drawn.items()}
-    best = drawn[arms[0].name].x0
+def _side_by_side(
+    pipeline: Distillation, own: list[str] | None, out: Path, teacher: Teacher, arms: Iterator[evaluate.Arm]
+) -> Path:
+    config, texts, folder = pipeline.evaluate, prompts.reported(own, pipeline.evaluate.pictures), out / page.EVALUATION
+    cond = teacher.encode([*texts, ""])
     rows: list[dict[str, Any]] = []
+    shown: dict[str, NDArray[np.uint8]] = {}
+    best: Tensor | None = None
     for arm in arms:
-        made = drawn[arm.name]
+        with nullcontext() if pictures.whole(config, arm, texts, teacher.latent, folder) else timed(out, "evaluate"):
+            made = pictures.run(config, [arm], texts, cond, teacher.latent, folder)[arm.name]
+        shown[arm.name] = to_uint8(sd3.decode(teacher.pipe, made.x0[:, 0]))
+        best = made.x0 if best is None else best
         rows.append(
             {
                 "name": arm.name,

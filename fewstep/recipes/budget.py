@@ -20,7 +20,7 @@ from fewstep.recipes.pipeline import Distillation
 SHARES = {"trajectories": 0.13, "trajectory": 0.20, "distribution": 0.38, "split": 0.07, "merge": 0.04, "evaluate": 0.18}
 WATCHED = 0.06  # at most this share looks at the student's health
 FIXED_S = 20.0  # opening models, writing artefacts, the report
-CAUTION = 0.9  # machines slow down; a demo should not overrun
+CAUTION = 0.85  # machines slow down; a demo should not overrun
 EVALUATED_PER_PROMPT_TASKS = 6.5  # eight tasks, of which some have fewer prompts than asked
 
 
@@ -40,11 +40,11 @@ class Speed:
 
 
 def measure(pipe: StableDiffusion3Pipeline, t5_tokens: int, seconds: float = 2.0) -> Speed:
-    """Time the three things that cost, about `seconds` each."""
+    """Time the three things that cost, about `seconds` each, where the pipeline's networks are."""
     batch, size = 64, pipe.transformer.config.sample_size
     x, t = torch.randn(batch, pipe.transformer.config.in_channels, size, size), torch.rand(batch)
     cond = sd3.encode(pipe, ["a circle"] * batch, t5_tokens)
-    student = roles.trainable(pipe.transformer, roles.Config(), 0)
+    student = roles.trainable(pipe.transformer, roles.Config(device=str(pipe.transformer.device)), 0)
 
     def forward() -> None:
         with torch.no_grad():

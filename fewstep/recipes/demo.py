@@ -11,7 +11,6 @@ import yaml
 from fewstep.engine import artifact
 from fewstep.engine.config import from_dict, override, read_yaml, to_dict
 from fewstep.engine.log import clock
-from fewstep.models import sd3
 from fewstep.recipes import RECIPES, budget, distil, execute, memory, teacher
 from fewstep.recipes.layout import FOLDER, RESOLVED
 from fewstep.recipes.pipeline import Distillation, Pipeline, build
@@ -53,10 +52,9 @@ def run(recipe: str, out: Path, minutes: float) -> None:
         pipeline = resolve(recipe, [], begun)
         print(f"going on with {out} as it was begun")
     else:
-        folder = teacher.folder_of(pipeline)
-        record = artifact.read(folder, "teacher")
+        opened = teacher.open_teacher(teacher.folder_of(pipeline), pipeline.roles)
         print(f"measuring this machine, then distilling for about {minutes:g} minutes")
-        pipeline = budget.fit(pipeline, budget.measure(sd3.load(folder), record.t5_tokens), minutes)
+        pipeline = budget.fit(pipeline, budget.measure(opened.pipe, opened.record.t5_tokens), minutes)
     report = execute.run(pipeline, out)
     assert report is not None
     print_result(report)
@@ -78,7 +76,7 @@ def print_plan(pipeline: Pipeline, timed: bool = False, gpus: str | None = None)
         images = sum(p.images for p in pipeline.autoencoder.phases)
         print(f"autoencoder   {images:>10,} images\nteacher       {pipeline.teacher.images:>10,} images")
         return
-    t, d, steps = pipeline.trajectory, pipeline.distribution, len(pipeline.grid) - 1
+    t, d, e, steps = pipeline.trajectory, pipeline.distribution, pipeline.evaluate, len(pipeline.grid) - 1
     print(f"trajectory    {t.trajectories:>10,} teacher trajectories of {2 * steps * t.teacher_substeps} evaluations")
     print(f"              {t.images:>10,} student steps in {t.images // t.batch:,} updates")
     updates = f"{d.images // d.batch:,} updates, {d.proxy_updates} of the proxy each"
@@ -89,9 +87,8 @@ def print_plan(pipeline: Pipeline, timed: bool = False, gpus: str | None = None)
     else:
         count = pipeline.split.images
         print(f"split         {count:>10,} student samples in {count // d.batch:,} updates of two branches in turn")
-        tried = f"{len(pipeline.merge.ratios)} ratios on {pipeline.merge.per_task} selection prompts a task"
-        print(f"merge         {tried}")
-    e = pipeline.evaluate
+        on = {"shapes": f"{pipeline.merge.per_task} selection prompts a task", "pictures": f"{e.pictures} held-out prompts"}
+        print(f"merge         {len(pipeline.merge.ratios)} ratios on {on[e.benchmark]}")
     asked = f"{e.per_task:>10,} prompts a task" if e.benchmark == "shapes" else f"{e.pictures:>10,} prompts, side by side"
     print(f"evaluate      {asked}, {e.seeds} seeds")
     if gpus:
@@ -99,9 +96,8 @@ def print_plan(pipeline: Pipeline, timed: bool = False, gpus: str | None = None)
     if timed and e.benchmark == "pictures":
         print("\nmemory on a GPU: fewstep plan --gpus 1x24")
     elif timed:
-        folder = teacher.folder_of(pipeline)
-        record = artifact.read(folder, "teacher")
-        spent = budget.seconds(pipeline, budget.measure(sd3.load(folder), record.t5_tokens))
+        opened = teacher.open_teacher(teacher.folder_of(pipeline), pipeline.roles)
+        spent = budget.seconds(pipeline, budget.measure(opened.pipe, opened.record.t5_tokens))
         print("\nestimated on this machine")
         for part, seconds in {**spent, "in all": sum(spent.values())}.items():
             print(f"{part:<14}{clock(seconds):>10}")

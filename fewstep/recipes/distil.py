@@ -44,6 +44,10 @@ def check(pipeline: Distillation) -> None:
         raise ValueError(f"{folder} is not a model: transformer/config.json is missing. Give a diffusers pipeline folder")
     _usable(pipeline)
     network = json.loads(config.read_text(encoding="utf-8"))
+    _ = pipeline.roles.place  # a device that is not there
+    largest = 16 * network["pos_embed_max_size"]
+    if pipeline.resolution > largest:
+        raise ValueError(f"resolution = {pipeline.resolution}: the teacher knows positions up to {largest} pixels")
     blocks = network["num_layers"]
     if adversary.weight > 0 and adversary.heads > blocks:
         raise ValueError(
@@ -85,7 +89,7 @@ def _usable(pipeline: Distillation) -> tuple[list[str], list[str]]:
 
 def run(pipeline: Distillation, out: Path, wanted: Sequence[str]) -> Path | None:
     """Run the wanted stages that are not yet done; returns the report if the evaluation is wanted."""
-    teacher = open_for(pipeline, out)
+    teacher = open_for(pipeline, out, _all_prompts(pipeline, out))
     stages: dict[str, Callable[[Distillation, Path, Teacher], None]] = {
         "trajectory": _trajectory,
         "distribution": _distribution,
@@ -96,6 +100,20 @@ def run(pipeline: Distillation, out: Path, wanted: Sequence[str]) -> Path | None
         if name in wanted and not _done(name, out / FOLDER[name]):
             stage(pipeline, out, teacher)
     return _evaluate(pipeline, out, teacher) if "evaluate" in wanted else None
+
+
+def _all_prompts(pipeline: Distillation, out: Path) -> Iterator[str]:
+    """Every prompt that a run will meet."""
+    own = own_prompts(pipeline, out)
+    for seed, count in (
+        (pipeline.trajectory.seed, pipeline.trajectory.trajectories),
+        (pipeline.distribution.seed, pipeline.distribution.images),
+        (pipeline.split.seed, pipeline.split.images),
+    ):
+        at = prompts.source(own, seed)
+        yield from (at(k) for k in range(count))
+    yield from prompts.held_out(own, max(pipeline.distribution.health.prompts, pipeline.evaluate.pictures))
+    yield from prompts.reported(own, pipeline.evaluate.pictures)
 
 
 def _done(stage: str, folder: Path) -> bool:
@@ -214,14 +232,15 @@ def _merge(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
     folders = {name: out / FOLDER["split"] / name for name in (split.LOW, split.HIGH)}
     parents = [artifact.read(folders[split.LOW], "student_low"), artifact.read(folders[split.HIGH], "student_high")]
     branches = {name: students.read(pipeline.roles, teacher, folder) for name, folder in folders.items()}
-    plain = [adapters.merged(network) for network in (start, branches[split.LOW], branches[split.HIGH])]
     with timed(out, "merge"):
         score = assess.chooser(pipeline, own_prompts(pipeline, out), teacher, out / "work" / "merge")
         made_of, scores = "+".join(p.weights for p in parents), {}
-        for name, velocity in _candidates(pipeline, plain, branches):  # one at a time: each is a whole network
+        for name, velocity in _candidates(pipeline, teacher, start, branches):
             scores[name] = score(evaluate.Arm(name, pipeline.grid, 1.0, velocity, made_of))
         chosen = merge.choose(config, scores)
-    what = "strict" if pipeline.evaluate.benchmark == "shapes" else "nearness"
+    what, asked = "strict", f"{config.per_task} selection prompts a task"
+    if pipeline.evaluate.benchmark == "pictures":
+        what, asked = "nearness", f"{pipeline.evaluate.pictures} held-out prompts"
     record = students.record(
         "student",
         pipeline,
@@ -229,27 +248,37 @@ def _merge(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
         config,
         *parents,
         metrics={f"select_{what}_{name}": value for name, value in scores.items()},
-        note=f"merged with {chosen}, chosen on selection prompts x {config.seeds} seeds",
+        note=f"merged with {chosen}, chosen on {asked} x {config.seeds} seeds",
     )
     print(f"merge: {chosen} is best on selection prompts ({what} {scores[chosen]:.3f}; before it {scores['before']:.3f})")
-    lora = None
-    if adapters.has(start):
-        parts = [adapters.state(network) for network in (start, branches[split.LOW], branches[split.HIGH])]
-        lora = adapters.combine(parts, merge.shares(chosen))
-    students.write(out / FOLDER["merge"], record, teacher, merge.candidate(chosen, *plain), lora)
+    students.write(out / FOLDER["merge"], record, teacher, _mixed(chosen, teacher, start, branches))
+
+
+def _mixed(
+    name: str, teacher: Teacher, start: SD3Transformer2DModel, branches: dict[str, SD3Transformer2DModel]
+) -> SD3Transformer2DModel:
+    """A mixture of the branches: of adapters it is one adapter on the teacher again, exactly."""
+    parts = start, branches[split.LOW], branches[split.HIGH]
+    if not adapters.has(start):
+        return merge.candidate(name, *(part.cpu() for part in parts))
+    weights = adapters.combine([adapters.state(part) for part in parts], merge.shares(name))
+    return adapters.attach(teacher.pipe.transformer, weights)
 
 
 def _candidates(
-    pipeline: Distillation, plain: Sequence[SD3Transformer2DModel], branches: dict[str, SD3Transformer2DModel]
+    pipeline: Distillation, teacher: Teacher, start: SD3Transformer2DModel, branches: dict[str, SD3Transformer2DModel]
 ) -> Iterator[tuple[str, Velocity]]:
     """What stage `merge` measures: the mixtures, both branches kept apart, and the student before the split."""
     place = pipeline.roles.place
+
+    def velocity(network: SD3Transformer2DModel) -> Velocity:
+        return sd3.velocity(network, fast_dtype(network.device))
+
     for name in merge.names(pipeline.merge):
-        network = merge.candidate(name, *plain).to(place)
-        yield name, sd3.velocity(network, fast_dtype(place))
+        yield name, velocity(_mixed(name, teacher, start, branches).to(place))
     on_device = {name: branch.to(place) for name, branch in branches.items()}
     yield merge.BRANCHES, distribution.branched(on_device, split.branch_at(pipeline.split.boundary))
-    yield "before", sd3.velocity(plain[0].to(place), fast_dtype(place))
+    yield "before", velocity(start.to(place))
 
 
 def _whole(images: int, batch: int) -> int:

@@ -70,9 +70,13 @@ class Distillation:
             "evaluate.per_task": self.evaluate.per_task,
             "evaluate.seeds": self.evaluate.seeds,
             "evaluate.batch": self.evaluate.batch,
+            "evaluate.pictures": self.evaluate.pictures,
             "teacher_steps": self.teacher_steps,
         }
         _refuse_empty(budgets)
+        for name, size in (("trajectory", self.trajectory.micro_batch), ("distribution", self.distribution.micro_batch)):
+            if size < 0:
+                raise ValueError(f"{name}.micro_batch must not be negative, got {size}; 0 is the whole batch")
         batches = {"trajectory": self.trajectory.batch, "distribution": self.distribution.batch}
         for name, batch in (batches | {"split": self.distribution.batch}).items():
             images, source = getattr(self, name).images, "distribution" if name == "split" else name

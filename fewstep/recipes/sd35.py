@@ -23,6 +23,7 @@ SOURCES = {  # of the teacher of each recipe
 }
 PROMPTS = "prompts.txt"
 TEACHER_STEPS = 50  # what the paper compares with
+AVERAGED = 69.0  # updates after which the average has half forgotten: .99 an update, the paper's of stage 3, in all stages
 PICTURES = evaluate.Config(benchmark="pictures", pictures=12, seeds=2, batch=4)
 MERGE = merge.Config(ratios=(0.3, 0.5, 0.7), seeds=2)
 
@@ -67,12 +68,18 @@ def _faithful(name: str, teacher: str, steps: int) -> Distillation:
         prompts=PROMPTS,
         roles=roles.Config(trained="full", checkpointing=True, frozen_dtype="bfloat16"),
         trajectory=trajectory.Config(
-            images=2_000 * 1_120, batch=1_120, micro_batch=8, trajectories=20_000, optim=replace(slow, warmup_images=50 * 1_120)
+            images=2_000 * 1_120,
+            batch=1_120,
+            micro_batch=8,
+            trajectories=20_000,
+            ema_half_life_images=AVERAGED * 1_120,
+            optim=replace(slow, warmup_images=50 * 1_120),
         ),
         distribution=distribution.Config(
             images=800 * 64,
             batch=64,
             micro_batch=4,
+            ema_half_life_images=AVERAGED * 64,
             optim=replace(slow, betas=(0.0, 0.999)),
             proxy_optim=replace(slow, betas=(0.0, 0.999)),
         ),
@@ -92,11 +99,14 @@ def _frugal(name: str, teacher: str, steps: int) -> Distillation:
         teacher_steps=TEACHER_STEPS,
         prompts=PROMPTS,
         roles=roles.Config(trained="lora", rank=64, checkpointing=True, frozen_dtype="bfloat16"),
-        trajectory=trajectory.Config(images=24_000, batch=16, micro_batch=4, trajectories=1_500, optim=lora),
+        trajectory=trajectory.Config(
+            images=24_000, batch=16, micro_batch=4, trajectories=1_500, ema_half_life_images=AVERAGED * 16, optim=lora
+        ),
         distribution=distribution.Config(
             images=4_800,
             batch=16,
             micro_batch=4,
+            ema_half_life_images=AVERAGED * 16,
             proxy_updates=2,
             trajectory_weight=0.05,
             adversary=adversary.Config(weight=0.05),

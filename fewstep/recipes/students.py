@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffusers import SD3Transformer2DModel
-from torch import Tensor
 
 from fewstep.engine import artifact
 from fewstep.engine.artifact import Artifact
@@ -13,6 +12,7 @@ from fewstep.engine.config import to_dict
 from fewstep.models import adapters, roles, sd3, sources
 from fewstep.recipes.pipeline import Distillation
 from fewstep.recipes.teacher import Teacher
+from fewstep.worlds.shapes import TEACHER
 
 
 def record(
@@ -45,27 +45,24 @@ def write(
     made: Artifact,
     teacher: Teacher,
     network: SD3Transformer2DModel,
-    lora: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write a student: the teacher's folder (hard links where the disk allows) with another transformer.
+    """Write a student: the teacher's folder with another transformer.
 
-    Adapters are merged into their base, and lie beside it by themselves, too.
+    Adapters are merged into their base, and lie beside it by themselves, too. What a student shares with its teacher takes no
+    space where hard links work; of the bundled teacher it is copied, so that nothing done to a run reaches the package.
 
     Args:
         folder: the artefact's.
         made: its record.
         teacher: the teacher.
         network: the student's transformer.
-        lora: adapters that make the teacher this student, where `network` has none of its own.
     """
-    if adapters.has(network):
-        lora, network = adapters.state(network), adapters.merged(network)
 
     def fill(at: Path) -> None:
-        sources.link(teacher.folder, at, without=("transformer",))
-        sd3.save_half(network, at / "transformer")
-        if lora:
-            adapters.save(lora, at)
+        sources.link(teacher.folder, at, without=("transformer",), copies=teacher.folder == TEACHER)
+        sd3.save_half(adapters.merged(network), at / "transformer")
+        if adapters.has(network):
+            adapters.save(adapters.state(network), at)
 
     artifact.write(folder, made, fill)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,11 +67,16 @@ def open_teacher(folder: Path, config: roles.Config = roles.FULL) -> Teacher:
     return _teacher(folder, record, pipe, encode)
 
 
-def open_for(pipeline: Distillation, out: Path) -> Teacher:
+def open_for(pipeline: Distillation, out: Path, texts: Iterable[str] = ()) -> Teacher:
     """The teacher of a run.
 
     Where a benchmark of the bundled world is run, as `open_teacher`. Else each prompt is encoded once and kept in the run's
     folder, and text encoders are in memory only while something new is encoded.
+
+    Args:
+        pipeline: the run's settings.
+        out: its folder.
+        texts: prompts that will be asked for; encoded now, before anything else needs the memory, if they are to be kept.
 
     Raises:
         ValueError: as `open_teacher`.
@@ -80,15 +85,19 @@ def open_for(pipeline: Distillation, out: Path) -> Teacher:
     if pipeline.evaluate.benchmark == "shapes":
         return open_teacher(folder, config)
     record = artifact.read(folder, "teacher")
-    pipe = _opened(folder, config, sd3.ENCODERS)
+    missing = [name for name in sd3.ENCODERS if not (folder / name).is_dir()]
+    if missing:
+        raise ValueError(f"{folder} has no {missing[0]}: a teacher needs all three text encoders; adopt a model that has them")
 
     def encoders() -> Encode:
-        texts = sd3.load(folder, getattr(torch, config.frozen_dtype), ("transformer", "vae"))
+        opened = sd3.load(folder, getattr(torch, config.frozen_dtype), ("transformer", "vae"))
         for name in sd3.ENCODERS:
-            getattr(texts, name).to(config.place)
-        return lambda prompts: sd3.encode(texts, prompts, record.t5_tokens)
+            getattr(opened, name).to(config.place)
+        return lambda prompts: sd3.encode(opened, prompts, record.t5_tokens)
 
-    encode = embeddings.cached(encoders, out / CONDITIONS, getattr(torch, config.frozen_dtype))
+    encode = embeddings.OnDisk(encoders, out / CONDITIONS, getattr(torch, config.frozen_dtype))
+    encode.prepare(["", *texts])
+    pipe = _opened(folder, config, sd3.ENCODERS)
     return _teacher(folder, record, pipe, encode, pipeline.resolution, 2 * pipeline.distribution.micro_batch)
 
 

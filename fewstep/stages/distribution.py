@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewstep import grids, noise
 from fewstep.conditioning import TextCond
-from fewstep.data import trajectories
+from fewstep.data import embeddings, trajectories
 from fewstep.engine.checkpoint import Stateful
 from fewstep.engine.ema import EMA
 from fewstep.engine.loop import microbatches
@@ -130,15 +130,31 @@ def student_update(
 
     Gradient reaches the student alone.
     """
+    t_i, t_next, v, fresh, u = _step(student, x_i, i, grid, cond, config, rows)
+    against = None if config.against == "student" else sd3.velocity(network, fast_dtype(network.device))
+    return distribution.loss(config.switches, teacher, against, x_i, t_i, t_next, v, cond, fresh, u, grid)
+
+
+def student_points(
+    student: SD3Transformer2DModel, x_i: Tensor, i: int, grid: tuple[float, ...], cond: TextCond, config: Config, rows: range
+) -> distribution.Points:
+    """The points at which `student_update` matches, without asking teacher or proxy; no gradient."""
+    with torch.no_grad():
+        t_i, t_next, v, fresh, u = _step(student, x_i, i, grid, cond, config, rows)
+        return distribution.points(config.switches, x_i, t_i, t_next, v, fresh, u, grid)
+
+
+def _step(
+    student: SD3Transformer2DModel, x_i: Tensor, i: int, grid: tuple[float, ...], cond: TextCond, config: Config, rows: range
+) -> tuple[Tensor, Tensor, Tensor, Callable[[], Tensor], Tensor]:
+    """Times of grid step `i`, the student's velocity at its start, and the randomness of what follows."""
     t_i, t_next = torch.full((len(x_i),), grid[i]), torch.full((len(x_i),), grid[i + 1])
     v = sd3.velocity(student, fast_dtype(student.device))(x_i, t_i, cond)
 
     def fresh() -> Tensor:
         return noise.normal(x_i.shape[1:], seed=config.seed, index=rows, step=RENOISE)
 
-    u = noise.uniform((), seed=config.seed, index=rows, step=TAU)
-    against = None if config.against == "student" else sd3.velocity(network, fast_dtype(network.device))
-    return distribution.loss(config.switches, teacher, against, x_i, t_i, t_next, v, cond, fresh, u, grid)
+    return t_i, t_next, v, fresh, noise.uniform((), seed=config.seed, index=rows, step=TAU)
 
 
 def step_input(
@@ -187,14 +203,16 @@ class Part:
 
 
 def heads_update(
-    heads: Adversary, points: list[tuple[distribution.DMResult, TextCond, tuple[Tensor, TextCond], range]], config: Config
+    heads: Adversary,
+    points: list[tuple[distribution.Points | distribution.DMResult, TextCond, tuple[Tensor, TextCond], range]],
+    config: Config,
 ) -> dict[str, Tensor]:
     """Teach the heads at the points that are matched; the proxy too, if `joint`.
 
     Args:
         heads: the adversary.
-        points: of each microbatch: what `student_update` gave (its points are the fake ones), conditions of the student's
-            samples, teacher-made latents x0 (B, 16, H, W) with theirs (noised here to the same times), sample numbers.
+        points: of each microbatch: the student's points, which are the fake ones, conditions of its samples, teacher-made
+            latents x0 (B, 16, H, W) with theirs (noised here to the same times), sample numbers.
         config: settings.
 
     Returns:
@@ -224,7 +242,7 @@ class State:
         heads: the adversary, or None.
         branch_at: which branch owns the step that starts at a time.
         order: grid steps in the order of updates, repeated.
-        stored_cond: conditions of the stored trajectories.
+        stored_cond: conditions of stored trajectories, by number.
         images: student samples in the updates that the averages have seen; known when `refine` returns.
     """
 
@@ -236,7 +254,7 @@ class State:
     heads: Adversary | None
     branch_at: Callable[[float], str]
     order: list[int]
-    stored_cond: TextCond
+    stored_cond: Callable[[Tensor], TextCond]
     images: int = 0
 
     def parts(self) -> dict[str, Stateful]:
@@ -265,7 +283,7 @@ def begin(
         heads=Adversary(config.adversary, proxy, config.seed) if config.adversary.weight > 0 else None,
         branch_at=branch_at,
         order=turns(given.stored.grid, branch_at),
-        stored_cond=given.encode(given.stored.prompts),
+        stored_cond=embeddings.conditions(given.encode, given.stored.prompts),
     )
 
 
@@ -325,7 +343,7 @@ def student_step(
     mixed = bool(noise.uniform((), seed=config.seed, index=parts[0].rows[:1], step=MIX) < 0.5)
     last, inputs = len(grid) - 1, []
     for part in parts:
-        real = given.stored.state(part.pick, torch.full_like(part.pick, last)), state.stored_cond[part.pick]
+        real = given.stored.state(part.pick, torch.full_like(part.pick, last)), state.stored_cond(part.pick)
         inputs.append((real, *step_input(config, part.path, i, part.cond, real, part.rows, mixed)))
 
     def match(k: int) -> distribution.DMResult:
@@ -336,12 +354,11 @@ def student_step(
     whole = match(0) if len(parts) == 1 else None
     if heads is not None:
         heads.renew(parts[0].rows.start)
-        with torch.no_grad():
-            matched = [whole or match(k) for k in range(len(parts))]
-        points = [(m, inputs[k][2], inputs[k][0], parts[k].rows) for k, m in enumerate(matched)]
+        points = [
+            (whole or student_points(student, x_i, i, grid, cond, config, part.rows), cond, real, part.rows)
+            for part, (real, x_i, cond) in zip(parts, inputs, strict=True)
+        ]
         figures |= heads_update(heads, points, config)
-        if config.adversary.joint:
-            state.proxy_optimizer.step(parts[0].rows.start, config.images)
     made = []
     for k, part in enumerate(parts):
         matched_k = whole or match(k)
@@ -361,6 +378,8 @@ def student_step(
             loss, told["adversarial_loss"] = loss + config.adversary.weight * adversarial.sum(), adversarial.detach()
         (loss / config.batch).backward()
         made.append(told)
+    if heads is not None and config.adversary.joint:
+        state.proxy_optimizer.step(parts[0].rows.start, config.images)
     means = {name: torch.cat([told[name] for told in made]).mean() for name in made[0]}
     if i in config.skip_matching:
         del means["move"]

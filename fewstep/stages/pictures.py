@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -41,9 +41,9 @@ class Drawn:
     seconds_per_image: float
 
 
-def asked(config: Config, texts: Sequence[str], shape: Sequence[int]) -> str:
-    """Hash of what is asked of every arm."""
-    told = json.dumps([list(texts), config.seeds, config.noise_seed, list(shape)])
+def asked(config: Config, arm: Arm, texts: Sequence[str], shape: Sequence[int]) -> str:
+    """Hash of what is asked of an arm, and how it is sampled."""
+    told = json.dumps([list(texts), config.seeds, config.noise_seed, list(shape), arm.grid, arm.guidance_scale])
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
@@ -66,10 +66,9 @@ def run(
     if config.seeds < 2:
         raise ValueError(f"evaluate.seeds = {config.seeds}: distances are told in the distance of two seeds; give at least 2")
     out.mkdir(parents=True, exist_ok=True)
-    question = asked(config, texts, shape)
     drawn = {}
     for arm in arms:
-        path = out / f"{arm.name}.safetensors"
+        question, path = asked(config, arm, texts, shape), out / f"{arm.name}.safetensors"
         made = _read(path, question, arm.fingerprint)
         if made is None:
             made = draw(arm, config, cond, shape)
@@ -79,6 +78,11 @@ def run(
             partial.replace(path)
         drawn[arm.name] = made
     return drawn
+
+
+def whole(config: Config, arm: Arm, texts: Sequence[str], shape: Sequence[int], out: Path) -> bool:
+    """Whether `out` already holds an arm, so that `run` only reads."""
+    return _read(out / f"{arm.name}.safetensors", asked(config, arm, texts, shape), arm.fingerprint) is not None
 
 
 @torch.no_grad()
@@ -130,8 +134,11 @@ def estimate(values: Tensor) -> Estimate:
 def _read(path: Path, question: str, fingerprint: str) -> Drawn | None:
     if not path.is_file():
         return None
-    with safe_open(path, "pt") as file:
-        told = file.metadata() or {}
-        if (told.get("asked"), told.get("fingerprint")) != (question, fingerprint):
-            return None
-        return Drawn(file.get_tensor("x0"), float(told["seconds"]))
+    try:
+        with safe_open(path, "pt") as file:
+            told = file.metadata() or {}
+            if (told.get("asked"), told.get("fingerprint")) != (question, fingerprint):
+                return None
+            return Drawn(file.get_tensor("x0"), float(told["seconds"]))
+    except SafetensorError:  # damaged: drawn again
+        return None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep import noise
 from fewstep.conditioning import TextCond
-from fewstep.data import trajectories
+from fewstep.data import embeddings, trajectories
 from fewstep.engine.ema import EMA
 from fewstep.engine.loop import microbatches, train
 from fewstep.engine.optim import Optim, Optimizer
@@ -91,7 +91,7 @@ def run(
     student = roles.trainable(teacher, trained, config.seed)
     optimizer = Optimizer(student.named_parameters(), config.optim)
     ema = EMA({"student": student}, config.ema_half_life_images)
-    cond, last_step = encode(stored.prompts), len(stored.grid) - 1
+    conditions, last_step = embeddings.conditions(encode, stored.prompts), len(stored.grid) - 1
 
     def step(seen: int) -> dict[str, float]:
         rows = range(seen, seen + config.batch)
@@ -100,7 +100,7 @@ def run(
         made = []
         for part in microbatches(range(config.batch), config.micro_batch):
             own = slice(part.start, part.stop)
-            losses = update(student, stored, cond[pick[own]], pick[own], steps[own])
+            losses = update(student, stored, conditions(pick[own]), pick[own], steps[own])
             (losses.sum() / config.batch).backward()
             made.append(losses.detach())
         norm = optimizer.step(seen, config.images)
