@@ -169,6 +169,48 @@ def adopt(
     print(f"{out} is a teacher: {len(made.grid) - 1} steps, guidance {made.guidance_scale:g}, weights {made.weights[:12]}")
 
 
+@app.command(name="lora-check")
+def lora_check(
+    student: tyro.conf.Positional[Path],
+    lora: tyro.conf.Positional[Path],
+    /,
+    out: Path = Path("runs/lora_check"),
+    teacher: Path | None = None,
+    scale: float = 1.0,
+    prompts: Path | None = None,
+    count: int = 12,
+    seeds: int = 2,
+) -> None:
+    """Measure how much of a LoRA that was trained on the teacher survives in its student, and show it.
+
+    Draws the same prompts and noise with both, without and with the LoRA.
+
+    Example: fewstep lora-check runs/mine/05-merge style.safetensors --teacher runs/teachers/sd35_medium
+
+    Args:
+        student: folder of a student, such as runs/demo/05-merge.
+        lora: LoRA of its teacher, a safetensors file.
+        out: folder of the picture and the figures.
+        teacher: folder of the student's teacher; the bundled one by default.
+        scale: how strongly the LoRA is merged.
+        prompts: file of prompts; those of the bundled world by default.
+        count: prompts that are drawn.
+        seeds: images of each.
+    """
+    from fewstep.recipes import lora_check as check
+
+    _prepare()
+    made = check.run(
+        student, lora, out, teacher=teacher, scale=scale, prompt_file=prompts, count=count, seeds=seeds
+    )
+    kept, cosine = made["kept"], made["cosine"]
+    assert isinstance(kept, dict) and isinstance(cosine, dict)
+    interval = f"95 % interval {100 * kept['lo']:.0f} to {100 * kept['hi']:.0f}"
+    asked = f"{made['n_prompts']} prompts x {made['n_seeds']} seeds"
+    print(f"{100 * kept['mean']:.0f} % of the LoRA's effect survives ({interval}; {asked})")
+    print(f"cosine {cosine['mean']:.2f} ({cosine['lo']:.2f} to {cosine['hi']:.2f})\n{out / check.PICTURE}")
+
+
 @app.command
 def doctor(out: Path = Path("runs")) -> None:
     """Look at this machine: environment, torch build, GPUs, memory, disk, hub login; then draw and check a few images.

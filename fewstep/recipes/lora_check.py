@@ -1,0 +1,158 @@
+"""`fewstep lora-check`: how much of a LoRA's effect on the teacher survives in its student. The measure is ours.
+
+A LoRA that was trained on the base moves the base's images. From the same prompts and noise, the student's images are moved,
+too; the part of that movement that goes where the base's goes is what survives.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from fewstep.data import prompt_files, prompts
+from fewstep.engine import artifact
+from fewstep.engine.artifact import Artifact
+from fewstep.engine.precision import fast_dtype
+from fewstep.models import roles, sd3
+from fewstep.recipes.adopt import merge_lora
+from fewstep.stages import evaluate, pictures
+from fewstep.worlds.shapes import TEACHER
+from fewstep.worlds.shapes.data import to_uint8
+
+COLUMNS = ("teacher", "teacher with the LoRA", "student", "student with the LoRA")
+PICTURE, RECORD = "lora_check.png", "lora_check.json"
+SHOWN, EDGE, MARGIN, LINE = 8, 4, 300, 16  # rows of the picture; pixels between, for prompts, and of text
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """One column: latents (P, S, 16, H, W), and the first seed's images (P, H, W, 3)."""
+
+    x0: Tensor
+    images: NDArray[np.uint8]
+
+
+def run(
+    student: Path,
+    lora: Path,
+    out: Path,
+    *,
+    teacher: Path | None = None,
+    scale: float = 1.0,
+    prompt_file: Path | None = None,
+    count: int = 12,
+    seeds: int = 2,
+) -> dict[str, object]:
+    """Draw with teacher and student, each without and with the LoRA; write a picture and the figures.
+
+    Args:
+        student: a student's artefact.
+        lora: the LoRA, a safetensors file as `fewstep adopt --lora` takes it.
+        out: folder of the picture and the figures.
+        teacher: the student's teacher; the bundled one by default, if it is.
+        scale: how strongly the LoRA is merged.
+        prompt_file: prompts to draw; report prompts of the bundled world by default.
+        count: prompts.
+        seeds: images of each.
+
+    Returns:
+        The figures: "kept" and "cosine", each {mean, lo, hi}, and what they were made with.
+
+    Raises:
+        ValueError: not a student, not its teacher, not a LoRA of it, one without effect, or settings out of range.
+        OSError: `out` cannot be written.
+    """
+    if count < 2 or seeds < 2:
+        raise ValueError(f"count = {count}, seeds = {seeds}: give at least 2 of each, for intervals and distances")
+    made = artifact.read(student)
+    if not made.kind.startswith("student"):
+        raise ValueError(f"{student} holds a {made.kind}: give a student, such as runs/demo/05-merge")
+    source = teacher or TEACHER
+    origin = artifact.read(source, "teacher")
+    if made.parents.get("teacher") != origin.weights:
+        raise ValueError(f"{source} is not the teacher of {student}: give its folder with --teacher")
+    own = None if prompt_file is None else [p.text for p in prompt_files.read(prompt_file)]
+    texts = prompts.reported(None, count) if own is None else own[:count]
+    drawn = [
+        _draw(folder, record, texts, seeds, lora if with_it else None, scale)
+        for folder, record in ((source, origin), (student, made))
+        for with_it in (False, True)
+    ]
+    figures: dict[str, object] = {
+        **survival(*(column.x0 for column in drawn)),
+        "lora": lora.name,
+        "scale": scale,
+        "student": made.weights,
+        "n_prompts": len(texts),
+        "n_seeds": seeds,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    sheet(texts, drawn).save(out / PICTURE)
+    (out / RECORD).write_text(json.dumps(figures, indent=1) + "\n")
+    return figures
+
+
+def survival(teacher: Tensor, moved_teacher: Tensor, student: Tensor, moved_student: Tensor) -> dict[str, dict[str, float]]:
+    """What is left of an effect, from four sets of latents (P, S, 16, H, W) of the same noise.
+
+    Returns:
+        "kept": <e_s, e_t> / <e_t, e_t>, the student's movement e_s measured along the teacher's e_t: 1 is all of it, 0 none;
+        "cosine": of the angle between them. Each prompt counts as one, with an interval over prompts.
+
+    Raises:
+        ValueError: the teacher is not moved.
+    """
+    e_t, e_s = (moved_teacher - teacher).flatten(1).double(), (moved_student - student).flatten(1).double()
+    along, own = (e_s * e_t).sum(1), e_t.square().sum(1)
+    if not bool((own > 0).all()):
+        raise ValueError("the LoRA moves no image of the teacher: it is empty, or its scale is 0")
+    cosine = along / (own.sqrt() * e_s.norm(dim=1)).clamp(min=1e-12)
+    return {
+        "kept": pictures.estimate((along / own)[:, None])._asdict(),
+        "cosine": pictures.estimate(cosine[:, None])._asdict(),
+    }
+
+
+def _draw(folder: Path, record: Artifact, texts: list[str], seeds: int, lora: Path | None, scale: float) -> Drawn:
+    pipe = sd3.load(folder)
+    if lora is not None:
+        merge_lora(pipe, lora, scale)
+    pipe.transformer.to(roles.FULL.place)
+    pipe.vae.to(roles.FULL.place)
+    cond = evaluate.encode(pipe, [*texts, ""], record.t5_tokens, 16)
+    velocity = sd3.velocity(pipe.transformer, fast_dtype(pipe.transformer.device))
+    arm = evaluate.Arm(record.kind, record.grid, record.guidance_scale, velocity, record.weights)
+    network = pipe.transformer.config
+    shape = network.in_channels, network.sample_size, network.sample_size
+    x0 = pictures.draw(arm, evaluate.Config("pictures", seeds=seeds, batch=8), cond, shape).x0
+    with torch.no_grad():
+        return Drawn(x0, to_uint8(sd3.decode(pipe, x0[:, 0])))
+
+
+def sheet(texts: list[str], drawn: list[Drawn]) -> Image.Image:
+    """A row for each prompt, a column for each of `COLUMNS`."""
+    rows = min(SHOWN, len(texts))
+    side = max(128, min(256, drawn[0].images.shape[1]))
+    made = Image.new("RGB", (MARGIN + 4 * (side + EDGE), 2 * LINE + rows * (side + EDGE)), "white")
+    pen = ImageDraw.Draw(made)
+    for column, (name, of) in enumerate(zip(COLUMNS, drawn, strict=True)):
+        left = MARGIN + column * (side + EDGE)
+        pen.text((left, LINE // 2), name, fill="black")
+        for row in range(rows):
+            picture = Image.fromarray(of.images[row]).resize((side, side), Image.Resampling.LANCZOS)
+            made.paste(picture, (left, 2 * LINE + row * (side + EDGE)))
+    for row, text in enumerate(texts[:rows]):
+        words, lines = text.split(), [""]
+        for word in words:
+            if pen.textlength(f"{lines[-1]} {word}") > MARGIN - 2 * EDGE:
+                lines.append("")
+            lines[-1] = f"{lines[-1]} {word}".strip()
+        pen.text((EDGE, 2 * LINE + row * (side + EDGE)), "\n".join(lines[:6]), fill="black")
+    return made
