@@ -55,6 +55,7 @@ def test_the_way_from_a_teacher_to_a_picture(
     weights = {name: torch.full_like(weight, 0.05) for name, weight in adapters.state(network).items()}
     adapters.save(weights, tmp_path)
     (tmp_path / adapters.FILE).rename(tmp_path / "style.safetensors")
+    said = ""
     for words in commands():
         if words[0] == "adopt":
             words = ["adopt", str(teacher_folder), *words[2:], "--t5-tokens", "12"]
@@ -64,7 +65,9 @@ def test_the_way_from_a_teacher_to_a_picture(
             words += [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
         code, out, err = call(*words)
         assert code == 0, (words, err)
-    assert "effect survives" in out and (tmp_path / "runs" / "mine" / "report.html").is_file()
+        said += out
+    assert "effect survives" in said and "distance" in said and "fits" in said
+    assert (tmp_path / "runs" / "mine" / "report.html").is_file()
     assert artifact.read(tmp_path / "runs" / "mine" / "05-merge", "student").recipe == "sd35_medium_4step_frugal"
     for program in blocks("python"):
         names: dict[str, object] = {}

@@ -14,13 +14,14 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from killed import SHARD
 from test_stage_trajectory import World
-from tiny import HEADS, tiny_recipe
+from tiny import HEADS, tiny_recipe, tiny_teacher
 
 from fewstep.data import trajectories
+from fewstep.engine import artifact
 from fewstep.engine.optim import Optim
 from fewstep.models import adapters, roles, sd3
 from fewstep.recipes import execute
-from fewstep.stages import distribution
+from fewstep.stages import distribution, trajectory
 from fewstep.stages.distribution import Config
 
 LORA = roles.Config(trained="lora", rank=4)
@@ -100,6 +101,34 @@ def test_checkpointing_changes_no_gradient(tmp_path: Path, trained: roles.Config
         (sd3.velocity(student)(x, t, cond).square().mean() + sum(f.square().mean() for f in found)).backward()
         gradients.append([p.grad for p in student.parameters() if p.grad is not None])
     assert gradients[0] and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("trained", [roles.FULL, LORA], ids=["full", "lora"])
+def test_a_run_goes_on_from_a_student_of_more_steps(
+    run: Path, teacher_folder: Path, tmp_path: Path, trained: roles.Config
+) -> None:
+    """Where nothing is learned, the student of fewer steps is the one that it started from."""
+    start = run / "05-merge"
+    still = trajectory.Config(images=4, batch=4, trajectories=6, teacher_substeps=1, optim=Optim(lr=0.0))
+    pipeline = tiny_recipe(teacher_folder, 2, roles=trained, start=str(start), trajectory=still)
+    execute.run(pipeline, tmp_path / "out", "trajectory")
+    made = [sd3.load(folder).transformer.state_dict() for folder in (start, tmp_path / "out" / "02-trajectory")]
+    for name, weight in made[0].items():
+        torch.testing.assert_close(made[1][name], weight, atol=1e-3, rtol=1e-3)  # folders hold float16
+    record = artifact.read(tmp_path / "out" / "02-trajectory")
+    assert record.parents["student"] == artifact.read(start).weights and len(record.grid) == 3
+
+
+def test_a_start_that_does_not_fit_is_refused(run: Path, teacher_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds a teacher"):
+        execute.run(tiny_recipe(teacher_folder, 2, start=str(teacher_folder)), tmp_path / "a")
+    other = tiny_teacher(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="a student of another teacher"):
+        execute.run(tiny_recipe(other, 2, start=str(run / "05-merge")), tmp_path / "b")
+    execute.run(tiny_recipe(teacher_folder, 2), tmp_path / "full", "trajectory")
+    with pytest.raises(ValueError, match="goes on with roles.trained=full"):
+        execute.run(tiny_recipe(teacher_folder, 2, roles=LORA, start=str(tmp_path / "full" / "02-trajectory")), tmp_path / "c")
+    assert not any((tmp_path / name).exists() for name in "abc")
 
 
 def test_adapters_refuse_what_they_cannot_do(teacher_folder: Path) -> None:

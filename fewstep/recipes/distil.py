@@ -33,12 +33,15 @@ def check(pipeline: Distillation) -> None:
     """Refuse what could only fail after the first stages have run.
 
     Raises:
-        ValueError: no teacher, or one without its transformer; no prompts; more heads than the teacher has blocks.
+        ValueError: no teacher, or one without its transformer; a start that is not its student; no prompts; no such device; a
+            resolution that it does not know; more heads than it has blocks.
     """
     folder, adversary = folder_of(pipeline), pipeline.distribution.adversary
     if pipeline.name in SOURCES and not folder.exists():
         raise ValueError(f"{folder} does not exist: fewstep adopt {SOURCES[pipeline.name]} --out {folder} makes it")
-    artifact.read(folder, "teacher")
+    record = artifact.read(folder, "teacher")
+    if pipeline.start:
+        students.check_start(pipeline.roles, Path(pipeline.start), record)
     config = folder / "transformer" / "config.json"
     if not config.is_file():
         raise ValueError(f"{folder} is not a model: transformer/config.json is missing. Give a diffusers pipeline folder")
@@ -140,13 +143,16 @@ def _stored(pipeline: Distillation, out: Path, teacher: Teacher) -> trajectories
 
 
 def _trajectory(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
-    config, start = pipeline.trajectory, teacher.pipe.transformer
+    config, start, parents = pipeline.trajectory, teacher.pipe.transformer, []
+    if pipeline.start:
+        start, parents = students.read(pipeline.roles, teacher, Path(pipeline.start)), [artifact.read(Path(pipeline.start))]
     with timed(out, "trajectories"):
         stored = _stored(pipeline, out, teacher)
     with timed(out, "trajectory"):
         work = out / "work" / "trajectory"
         trained = trajectory.run(config, start, stored, teacher.encode, work, out / METRICS, pipeline.roles)
-    made = students.record("student_trajectory", pipeline, teacher, config, images=_whole(config.images, config.batch))
+    images = _whole(config.images, config.batch)
+    made = students.record("student_trajectory", pipeline, teacher, config, *parents, images=images)
     students.write(out / FOLDER["trajectory"], made, teacher, trained)
 
 

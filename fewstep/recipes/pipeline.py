@@ -25,6 +25,7 @@ class Distillation:
     Attributes:
         name: the recipe's name.
         teacher: "bundled", or an artefact folder of kind teacher.
+        start: a student of the same teacher that this one starts from, such as one of more steps; empty: the teacher.
         grid: the student's grid, explicit numbers.
         resolution: pixels of an image's side; 0 is what the teacher was made for.
         teacher_steps: steps of the teacher that the student is measured against.
@@ -36,6 +37,7 @@ class Distillation:
 
     name: str
     teacher: str = "bundled"
+    start: str = ""
     grid: tuple[float, ...] = (1.0, 0.9, 0.75, 0.5, 0.0)
     resolution: int = 0
     teacher_steps: int = 32

@@ -77,6 +77,21 @@ def read(config: roles.Config, teacher: Teacher, folder: Path) -> SD3Transformer
     return _whole(folder / "transformer")
 
 
+def check_start(config: roles.Config, folder: Path, teacher: Artifact) -> None:
+    """Whether a run can start from the student that lies there.
+
+    Raises:
+        ValueError: not a student, one of another teacher, or one without adapters where adapters are trained.
+    """
+    made = artifact.read(folder)
+    if not made.kind.startswith("student"):
+        raise ValueError(f"start = {folder} holds a {made.kind}: give a student, such as runs/demo/05-merge")
+    if made.parents.get("teacher") != teacher.weights:
+        raise ValueError(f"start = {folder} is a student of another teacher")
+    if config.trained == "lora" and not (folder / adapters.FILE).is_file():
+        raise ValueError(f"start = {folder} has no {adapters.FILE}: a student of whole weights goes on with roles.trained=full")
+
+
 def write_proxy(folder: Path, proxy: SD3Transformer2DModel) -> None:
     """Keep a proxy for the stage that goes on from it."""
     if adapters.has(proxy):
