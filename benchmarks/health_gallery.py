@@ -4,8 +4,8 @@
     python benchmarks/health_gallery.py --out runs/health --record     # the healthy runs also set the bands
 
 Every run starts from one student of the bundled recipe after trajectory guidance, and takes as many updates. Healthy runs
-differ in their seed, broken ones in one thing each (two of them leave out trajectory guidance, too, which hides what they
-do; so does a control). Bands are what three healthy runs showed after the first look, widened on either side by half of
+differ in their seed, broken ones in one thing each (two of them leave out trajectory guidance, too, which hides what they do;
+one leaves out nothing else). Bands are what three healthy runs showed after the first look, widened on either side by half of
 their range, a quarter of their size, or a least room; a fourth is judged by them. A run is flagged by the rules of
 `fewstep.engine.health`, which know nothing of this file.
 `docs/health/` gets a picture, the looks and the verdicts of each run.
@@ -42,11 +42,8 @@ from fewstep.stages import distribution, refinement
 UPDATES, LOOKS = 160, 4
 HEALTHY = ("healthy_seed_1", "healthy_seed_2", "healthy_seed_3")  # what bands are recorded from
 UNSEEN = "healthy"  # one more, which bands have not seen
-# Two broken runs leave trajectory guidance out, which hides what they do; this one leaves out nothing else.
-CONTROL = "no_trajectory_term"
 # Distances are nearly nothing in a healthy run, and shares in the split are means of few updates: their range says little.
 LEAST_ROOM = {"drift": 1e-3, "marginal_first": 1e-3, "clipped": 0.3, "heads": 0.2}
-SOUND = {UNSEEN: "the bands were not recorded from this run", CONTROL: "no trajectory guidance, and nothing else: the control"}
 BANDS = Path(health.__file__).with_name("health_bands.json")
 GALLERY = Path(__file__).parents[1] / "docs" / "health"
 PICTURE_SCALE = 2
@@ -88,8 +85,15 @@ def objective_is(loss: Loss) -> Iterator[None]:
 
 # What each broken run changes: settings, what it is given, its loss; and the figure that must give it away.
 BROKEN: dict[str, tuple[str, str, Callable[[Config], Config], Callable[[Given], Given], Loss]] = {
+    "no_trajectory_term": (
+        "trajectory guidance is left out, and nothing else",
+        "trajectory_rise",
+        lambda c: replace(c, trajectory_weight=0.0),
+        lambda g: g,
+        LOSS,
+    ),
     "sign_flipped": (
-        "the sign of distribution matching is wrong",
+        "the sign of distribution matching is wrong, without trajectory guidance",
         "drift",
         lambda c: replace(c, trajectory_weight=0.0),
         lambda g: g,
@@ -118,7 +122,7 @@ BROKEN: dict[str, tuple[str, str, Callable[[Config], Config], Callable[[Given], 
     ),
     "read_at_the_input": (
         "teacher and proxy are read where the step starts (reading R2), without trajectory guidance",
-        "balance",
+        "drift",
         lambda c: replace(c, trajectory_weight=0.0),
         lambda g: g,
         at_the_input,
@@ -172,7 +176,7 @@ def page(out: Path) -> None:
     GALLERY.mkdir(parents=True, exist_ok=True)
     bands = health.reference()
     lines = [*INTRODUCTION, ""]
-    for name in (UNSEEN, CONTROL, *BROKEN):
+    for name in (UNSEEN, *BROKEN):
         looks, settings = looks_of(out / name), json.loads((out / name / "settings.json").read_text())
         verdicts = health.judge(looks, bands, settings["health"]["patience"], settings)
         last = max((out / name / health.PICTURES).glob("*.png"))
@@ -182,7 +186,7 @@ def page(out: Path) -> None:
         )
         record = {"looks": looks, "settings": settings}
         (GALLERY / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-        title = BROKEN[name][0] if name in BROKEN else SOUND[name]
+        title = BROKEN[name][0] if name in BROKEN else "the bands were not recorded from this run"
         lines += [f"## {name.replace('_', ' ')}: {title}", "", f"![student, teacher, proxy]({name}.png)", ""]
         lines += [f"- **{v.figure}** {v.value:.3g} (healthy {v.lo:g} to {v.hi:g}): {v.text}" for v in verdicts]
         lines += ["" if verdicts else "Nothing is said of it.\n"]
@@ -195,14 +199,15 @@ INTRODUCTION = (
     "",
     "What `fewstep` says of runs that were broken on purpose. Each row of pictures: the student, the teacher, and what the",
     "proxy takes for the student, from the same latents on held-out prompts. Every run starts from one student after",
-    f"trajectory guidance and takes {UPDATES} updates of stage `distribution`. After so few, most pictures still look like",
-    "those of the healthy run: figures tell before eyes can. Made by `benchmarks/health_gallery.py`.",
+    f"trajectory guidance and takes {UPDATES} updates of stage `distribution`. Two are broken for everybody to see; of the",
+    "others, figures tell what eyes cannot yet. The first verdict is the one to act on: causes come before symptoms. Made by",
+    "`benchmarks/health_gallery.py`.",
 )
 
 
 def table(out: Path, bands: health.Bands) -> list[str]:
     """Figures of the last look, a column for each run; what lies outside of its band is bold."""
-    names = [UNSEEN, CONTROL, *BROKEN]
+    names = [UNSEEN, *BROKEN]
     rows = ["| figure | band | " + " | ".join(n.replace("_", " ") for n in names) + " |", "|---" * (len(names) + 2) + "|"]
     last = {name: looks_of(out / name)[-1] for name in names}
     for figure in health.FIGURES:
@@ -233,8 +238,6 @@ def main() -> None:
     for seed, name in enumerate((*HEALTHY, UNSEEN), start=1):
         seeded = replace(pipeline, distribution=replace(pipeline.distribution, seed=100 * seed))
         refine(seeded, args.out, name, replace(given, prompt_at=prompts.source(None, 100 * seed)), start)
-    without = replace(pipeline, distribution=replace(pipeline.distribution, trajectory_weight=0.0))
-    refine(without, args.out, CONTROL, given, start)
     if args.record:
         record_bands(args.out)
     for name, (_, _, settings, changed, loss) in BROKEN.items():

@@ -23,8 +23,11 @@ def _prepare() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
 
+    from fewstep.engine import ranks
+
     if hasattr(os, "sched_getaffinity"):
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    ranks.begin()
 
 
 @app.command
@@ -237,6 +240,12 @@ def main() -> None:
         if os.environ.get("FEWSTEP_DEBUG"):
             raise
         print(f"fewstep: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except RuntimeError as error:
+        if not os.environ.get("WORLD_SIZE") or os.environ.get("FEWSTEP_DEBUG") or "onnection" not in str(error):
+            raise
+        said = "fewstep: another process of this run has ended; the same command goes on from the last checkpoint"
+        print(said, file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("fewstep: stopped; the same command goes on from the last checkpoint", file=sys.stderr)

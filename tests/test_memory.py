@@ -80,9 +80,11 @@ def test_the_command_says_what_fits(call: Call, teacher_folder: Path) -> None:
     words = ["plan", "shapes_4step", "--set", f"teacher={teacher_folder}", "--set", "distribution.adversary.heads=2", "--gpus"]
     code, out, _ = call(*words, "1x24")
     assert code == 0 and "distribution" in out and "fits" in out and "DOES NOT" not in out
+    code, out, _ = call(*words, "2x24")
+    assert code == 0 and "each of 2 GPUs holds all networks" in out
     code, out, _ = call(*words, f"1x{(memory.CONTEXT - 1) / GIB:.3f}")
     assert code == 0 and "DOES NOT FIT" in out and "a larger GPU is needed" in out
-    for gpus, message in (("24", "number and memory"), ("2x24", "one GPU so far"), ("1x0", "number and memory")):
+    for gpus, message in (("24", "number and memory"), ("3x24", "cannot be divided among 3 GPUs"), ("1x0", "number and memory")):
         code, _, err = call(*words, gpus)
         assert code == 2 and message in err
     code, _, err = call("plan", "shapes_teacher", "--gpus", "1x24")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fewstep.conditioning import TextCond
 from fewstep.data.trajectories import Encode
+from fewstep.engine import ranks
 from fewstep.engine.log import Progress
 
 FEW = 64  # prompts below which no progress is shown
@@ -45,12 +46,17 @@ class OnDisk:
         Raises:
             ValueError: a file is damaged.
         """
-        self.prepare(texts)
+        self._fill(texts)
         rows = [_load(path_of(self.folder, text)) for text in texts]
         return TextCond(torch.stack([r["tokens"] for r in rows]).float(), torch.stack([r["pooled"] for r in rows]).float())
 
     def prepare(self, texts: Iterable[str]) -> None:
-        """Encode what is not there yet, with the encoders opened once."""
+        """Encode what is not there yet, with the encoders opened once; of several processes the first one does."""
+        with ranks.first_alone() as first:
+            if first:
+                self._fill(texts)
+
+    def _fill(self, texts: Iterable[str]) -> None:
         missing = [text for text in dict.fromkeys(texts) if not path_of(self.folder, text).exists()]
         if not missing:
             return

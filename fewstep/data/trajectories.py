@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fewstep import noise
 from fewstep.conditioning import TextCond
+from fewstep.engine import ranks
 from fewstep.engine.log import Progress
 from fewstep.flow import Velocity, expand_t
 from fewstep.objectives import trajectory
@@ -106,7 +107,7 @@ def write(
     """
     folder.mkdir(parents=True, exist_ok=True)
     progress: Progress | None = None  # shown only when something is made
-    for first in range(0, count, SHARD):
+    for first in range(ranks.rank() * SHARD, count, ranks.count() * SHARD):  # processes take turns
         rows = range(first, min(first + SHARD, count))
         path = folder / f"{first:07d}-{len(rows):03d}.safetensors"
         if not path.exists():
@@ -126,6 +127,7 @@ def write(
             progress.show(rows.stop)
     if progress:
         progress.close()
+    ranks.wait()
 
 
 def read(folder: Path, count: int, grid: tuple[float, ...]) -> Trajectories:

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from fewstep.engine import ranks
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics file; a last line cut off by a kill is left out."""
@@ -26,15 +28,19 @@ class Metrics:
     """Appends rows to `metrics.jsonl`; a resumed run first drops the rows that it will write again."""
 
     def __init__(self, path: Path, stage: str, images_seen: int) -> None:
+        self.path, self.stage = path, stage
+        if not ranks.first():
+            return
         kept = [r for r in read_metrics(path) if r["stage"] != stage or r["images"] <= images_seen]
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(r) + "\n" for r in kept))
         partial.replace(path)
-        self.path, self.stage = path, stage
 
     def write(self, images: int, values: dict[str, float]) -> None:
-        """Append one row: stage, images seen, values."""
+        """Append one row: stage, images seen, values. Of several processes the first one writes."""
+        if not ranks.first():
+            return
         row = {"stage": self.stage, "images": images, **{k: round(v, 8) for k, v in values.items()}}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -60,6 +66,8 @@ class Progress:
     def show(self, done: int, note: str = "", force: bool = False) -> None:
         """Report `done` of the total; `note` holds the figures worth watching."""
         now = time.monotonic()
+        if not ranks.first():
+            return
         if not force and now - self.last < self.every:
             return
         self.last = now
@@ -71,6 +79,8 @@ class Progress:
 
     def close(self, note: str = "") -> None:
         """End the line with the time taken."""
+        if not ranks.first():
+            return
         text = f"{self.title}  done in {clock(time.monotonic() - self.start)}  {note}"
         self.stream.write(f"\r\x1b[2K{text}\n" if self.live else text + "\n")
         self.stream.flush()

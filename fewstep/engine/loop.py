@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from fewstep.engine import checkpoint
+from fewstep.engine import checkpoint, ranks
 from fewstep.engine.log import Metrics, Progress
 
 Step = Callable[[int], Mapping[str, float]]
@@ -64,7 +64,7 @@ def train(
     note, took = "", 0.0
     ended = look is not None and look(seen)
     while seen < total_images and not ended:
-        values = {name: float(value) for name, value in step(seen).items()}
+        values = ranks.mean({name: float(value) for name, value in step(seen).items()})
         seen += images_per_step
         bad = [name for name, value in values.items() if not -1e30 < value < 1e30]
         if bad:  # looked at in every step, so that no checkpoint holds what came of it
@@ -81,10 +81,16 @@ def train(
         # A stage that a look ended is not saved: resumed, it ends again by the same look.
         if time.monotonic() - saved > max(checkpoint_every_s, 20 * took) and seen < total_images and not ended:
             began = time.monotonic()
-            checkpoint.save(work, parts, seen)
+            _save(work, parts, seen)
             saved, saved_at = time.monotonic(), seen
             took = saved - began if checkpoint_every_s > 0 else 0.0
     if seen >= total_images and saved_at < seen:  # whoever is killed before the artefact is whole need not train again
-        checkpoint.save(work, parts, seen)
+        _save(work, parts, seen)
     progress.close(note)
     return seen
+
+
+def _save(work: Path, parts: Mapping[str, checkpoint.Stateful], seen: int) -> None:
+    """Of several processes, which all hold the same, the first one writes."""
+    if ranks.first():
+        checkpoint.save(work, parts, seen)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.engine import ranks
+
 
 @dataclass(frozen=True)
 class Optim:
@@ -55,7 +57,11 @@ class Optimizer:
         )
 
     def step(self, images_seen: int, total_images: int) -> Tensor:
-        """Clip, set the learning rate, step, clear gradients. Returns the gradient norm before clipping (scalar)."""
+        """Add up the processes' gradients, clip, set the learning rate, step, clear gradients.
+
+        Returns the gradient norm before clipping (scalar).
+        """
+        ranks.add_gradients(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         for group in self.adamw.param_groups:
             group["lr"] = lr_at(self.config, images_seen, total_images)

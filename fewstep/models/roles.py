@@ -26,7 +26,7 @@ class Config:
         checkpointing: compute blocks once more on the way back instead of keeping what they made: about a third more
             time, a fraction of the memory.
         frozen_dtype: of weights that are not trained.
-        device: where networks compute: "auto" is the GPU if there is one.
+        device: where networks compute: "auto" is the GPU if there is one; of several processes each has its own.
     """
 
     trained: Literal["full", "lora"] = "full"
@@ -51,7 +51,7 @@ class Config:
             ValueError: it is not on this machine.
         """
         if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         device = torch.device(self.device)
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             count = torch.cuda.device_count()

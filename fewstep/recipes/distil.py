@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.data import prompt_files, prompts, trajectories
-from fewstep.engine import artifact, health
+from fewstep.engine import artifact, health, ranks
 from fewstep.engine.checkpoint import whole_folder
 from fewstep.engine.precision import fast_dtype
 from fewstep.flow import Velocity
@@ -92,6 +92,9 @@ def _usable(pipeline: Distillation) -> tuple[list[str], list[str]]:
 
 def run(pipeline: Distillation, out: Path, wanted: Sequence[str]) -> Path | None:
     """Run the wanted stages that are not yet done; returns the report if the evaluation is wanted."""
+    with ranks.first_alone() as mine:
+        if mine:
+            own_prompts(pipeline, out)
     teacher = open_for(pipeline, out, _all_prompts(pipeline, out))
     stages: dict[str, Callable[[Distillation, Path, Teacher], None]] = {
         "trajectory": _trajectory,
@@ -100,6 +103,8 @@ def run(pipeline: Distillation, out: Path, wanted: Sequence[str]) -> Path | None
         "merge": _merge,
     }
     for name, stage in stages.items():
+        if name == "merge" and not ranks.first():  # nothing is trained from here on
+            return None
         if name in wanted and not _done(name, out / FOLDER[name]):
             stage(pipeline, out, teacher)
     return _evaluate(pipeline, out, teacher) if "evaluate" in wanted else None
@@ -153,7 +158,9 @@ def _trajectory(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
         trained = trajectory.run(config, start, stored, teacher.encode, work, out / METRICS, pipeline.roles)
     images = _whole(config.images, config.batch)
     made = students.record("student_trajectory", pipeline, teacher, config, *parents, images=images)
-    students.write(out / FOLDER["trajectory"], made, teacher, trained)
+    with ranks.first_alone() as mine:
+        if mine:
+            students.write(out / FOLDER["trajectory"], made, teacher, trained)
 
 
 def given(pipeline: Distillation, out: Path, teacher: Teacher, proxy: SD3Transformer2DModel, seed: int) -> distribution.Given:
@@ -197,10 +204,12 @@ def _distribution(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
         learned_from = given(pipeline, out, teacher, teacher.pipe.transformer, config.seed)
         start = students.read(pipeline.roles, teacher, first)
         state = refinement.run(config, start, learned_from, out / "work" / "distribution", out / METRICS)
-    with whole_folder(out / PROXY) as partial:
-        students.write_proxy(partial, state.proxy)
     made = students.record("student_distribution", pipeline, teacher, config, parent, images=state.images)
-    students.write(out / FOLDER["distribution"], made, teacher, state.students["student"])
+    with ranks.first_alone() as mine:
+        if mine:
+            with whole_folder(out / PROXY) as partial:
+                students.write_proxy(partial, state.proxy)
+            students.write(out / FOLDER["distribution"], made, teacher, state.students["student"])
 
 
 def idle(pipeline: Distillation) -> str:
@@ -212,7 +221,8 @@ def idle(pipeline: Distillation) -> str:
 
 def _split(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
     if idle(pipeline):
-        print(idle(pipeline))
+        if ranks.first():
+            print(idle(pipeline))
         return
     config, before = pipeline.split, out / FOLDER["distribution"]
     parent = artifact.read(before, "student_distribution")
@@ -222,9 +232,10 @@ def _split(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
         start = students.read(pipeline.roles, teacher, before)
         state = split.run(config, pipeline.distribution, start, learned_from, out / "work" / "split", out / METRICS)
     kinds: dict[str, artifact.Kind] = {split.LOW: "student_low", split.HIGH: "student_high"}
-    for name, network in state.students.items():
-        record = students.record(kinds[name], pipeline, teacher, config, parent, images=state.images)
-        students.write(out / FOLDER["split"] / name, record, teacher, network)
+    with ranks.first_alone() as mine:
+        for name, network in state.students.items() if mine else ():
+            record = students.record(kinds[name], pipeline, teacher, config, parent, images=state.images)
+            students.write(out / FOLDER["split"] / name, record, teacher, network)
 
 
 def _merge(pipeline: Distillation, out: Path, teacher: Teacher) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import yaml
 from filelock import FileLock, Timeout
 
+from fewstep.engine import ranks
 from fewstep.engine.config import to_dict
 from fewstep.recipes import distil, teach
 from fewstep.recipes.layout import RESOLVED
@@ -86,13 +87,17 @@ def run(pipeline: Pipeline, out: Path, stage: str | None = None) -> Path | None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot make the folder {out} ({error.strerror}): give --out a place you may write to") from None
-    with alone(out):
-        claim(pipeline, out)
+    with alone(out) if ranks.first() else nullcontext():
+        with ranks.first_alone() as first:
+            if first:
+                claim(pipeline, out)
         return _run(pipeline, out, stage)
 
 
 def _run(pipeline: Pipeline, out: Path, stage: str | None) -> Path | None:
     wanted = pipeline.stages if stage is None else (stage,)
     if isinstance(pipeline, TeacherTraining):
+        if ranks.count() > 1:
+            raise ValueError(f"{pipeline.name} runs in one process: start it without torchrun")
         return teach.run(pipeline, out, wanted)
     return distil.run(pipeline, out, wanted)

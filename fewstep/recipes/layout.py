@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fewstep.engine import ranks
+
 RESOLVED, METRICS, SECONDS = "resolved.yaml", "metrics.jsonl", "seconds.jsonl"
 PROMPTS = "prompts.json"  # what a run took from a file of prompts
 PROXY = "work/proxy"  # what stage `distribution` hands to stage `split`
@@ -26,5 +28,7 @@ def timed(out: Path, stage: str) -> Iterator[None]:
     """Append the seconds of a block to `seconds.jsonl`; the time of a killed block is not counted."""
     start = time.monotonic()
     yield
+    if not ranks.first():
+        return
     with (out / SECONDS).open("a") as file:
         file.write(json.dumps({"stage": stage, "seconds": round(time.monotonic() - start, 1)}) + "\n")

@@ -201,10 +201,12 @@ def report(pipeline: Distillation, gpus: str) -> str:
     count, _, size = gpus.partition("x")
     if not count.isdigit() or not size.replace(".", "", 1).isdigit() or int(count) < 1 or float(size) <= 0:
         raise ValueError(f"--gpus {gpus}: give number and memory in GiB, such as 1x24")
-    if int(count) != 1:
-        raise ValueError(f"--gpus {gpus}: a run uses one GPU so far; give 1x{size}")
+    batches = {"trajectory.batch": pipeline.trajectory.batch, "distribution.batch": pipeline.distribution.batch}
+    for name, batch in batches.items():
+        if batch % int(count):
+            raise ValueError(f"--gpus {gpus}: {name} = {batch} cannot be divided among {count} GPUs; choose a multiple")
     capacity, found = float(size) * GIB, phases(pipeline)
-    lines = []
+    lines = [f"each of {count} GPUs holds all networks, and takes its share of every batch:"] if int(count) > 1 else []
     for phase in found:
         fits = "fits" if phase.total <= capacity else "DOES NOT FIT"
         lines.append(f"{phase.name:<18}{phase.total / GIB:>8.1f} GiB  {fits}")

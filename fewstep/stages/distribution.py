@@ -18,6 +18,7 @@ from torch import Tensor
 from fewstep import grids, noise
 from fewstep.conditioning import TextCond
 from fewstep.data import embeddings, trajectories
+from fewstep.engine import ranks
 from fewstep.engine.checkpoint import Stateful
 from fewstep.engine.ema import EMA
 from fewstep.engine.loop import microbatches
@@ -206,6 +207,7 @@ def heads_update(
     heads: Adversary,
     points: list[tuple[distribution.Points | distribution.DMResult, TextCond, tuple[Tensor, TextCond], range]],
     config: Config,
+    seen: int,
 ) -> dict[str, Tensor]:
     """Teach the heads at the points that are matched; the proxy too, if `joint`.
 
@@ -214,6 +216,7 @@ def heads_update(
         points: of each microbatch: the student's points, which are the fake ones, conditions of its samples, teacher-made
             latents x0 (B, 16, H, W) with theirs (noised here to the same times), sample numbers.
         config: settings.
+        seen: images before this update.
 
     Returns:
         Figures; the heads have made their step, and what `joint` gives the proxy has been added to its gradient.
@@ -226,8 +229,8 @@ def heads_update(
         learned = adversary.discriminator_update(heads, (noised, real[1]), (matched.x_tau, cond), matched.tau, eps)
         (learned["loss"] * (len(rows) / config.batch)).backward()
         found.append((len(rows), {name: value.detach() for name, value in learned.items()}))
-    heads.optimizer.step(points[0][3].start, config.images)
-    share = torch.tensor([n / config.batch for n, _ in found])
+    heads.optimizer.step(seen, config.images)
+    share = torch.tensor([float(n) for n, _ in found]) / sum(n for n, _ in found)
     means = {f"heads_{name}": share @ torch.stack([told[name] for _, told in found]).cpu() for name in ("loss", "real", "fake")}
     return means | {"heads": (means["heads_real"] + means["heads_fake"]) / 2}
 
@@ -301,7 +304,7 @@ def update(state: State, config: Config, given: Given, seen: int) -> dict[str, f
     """
     rows = range(seen, seen + config.batch)
     grid = update_grid(config, given.stored.grid, rows)
-    parts = [sampled(state, config, given, grid, own) for own in microbatches(rows, config.micro_batch)]
+    parts = [sampled(state, config, given, grid, own) for own in microbatches(ranks.share(rows), config.micro_batch)]
     figures: dict[str, Tensor] = {}
     for number in range(config.proxy_updates):
         learned: list[tuple[Tensor, Tensor]] = []
@@ -313,7 +316,7 @@ def update(state: State, config: Config, given: Given, seen: int) -> dict[str, f
         figures |= by_time(*(torch.cat(both) for both in zip(*learned, strict=True)))
     i = state.order[(seen // config.batch) % len(state.order)]
     name = state.branch_at(grid[i])
-    figures |= student_step(state, config, given, parts, i, grid)
+    figures |= student_step(state, config, given, parts, i, grid, rows)
     norm = state.optimizers[name].step(seen, config.images)
     state.averages[name].update(seen, config.batch)
     if config.ida < 1:
@@ -331,7 +334,7 @@ def sampled(state: State, config: Config, given: Given, grid: tuple[float, ...],
 
 
 def student_step(
-    state: State, config: Config, given: Given, parts: list[Part], i: int, grid: tuple[float, ...]
+    state: State, config: Config, given: Given, parts: list[Part], i: int, grid: tuple[float, ...], rows: range
 ) -> dict[str, Tensor]:
     """Gradients of the student for grid step `i`, added up over microbatches; the heads learn on the way.
 
@@ -340,7 +343,7 @@ def student_step(
     """
     student = state.students[state.branch_at(grid[i])]
     heads = state.heads if i not in config.skip_adversary else None
-    mixed = bool(noise.uniform((), seed=config.seed, index=parts[0].rows[:1], step=MIX) < 0.5)
+    mixed = bool(noise.uniform((), seed=config.seed, index=rows[:1], step=MIX) < 0.5)
     last, inputs = len(grid) - 1, []
     for part in parts:
         real = given.stored.state(part.pick, torch.full_like(part.pick, last)), state.stored_cond(part.pick)
@@ -353,12 +356,12 @@ def student_step(
     figures: dict[str, Tensor] = {}
     whole = match(0) if len(parts) == 1 else None
     if heads is not None:
-        heads.renew(parts[0].rows.start)
+        heads.renew(rows.start)
         points = [
             (whole or student_points(student, x_i, i, grid, cond, config, part.rows), cond, real, part.rows)
             for part, (real, x_i, cond) in zip(parts, inputs, strict=True)
         ]
-        figures |= heads_update(heads, points, config)
+        figures |= heads_update(heads, points, config, rows.start)
     made = []
     for k, part in enumerate(parts):
         matched_k = whole or match(k)
@@ -379,7 +382,7 @@ def student_step(
         (loss / config.batch).backward()
         made.append(told)
     if heads is not None and config.adversary.joint:
-        state.proxy_optimizer.step(parts[0].rows.start, config.images)
+        state.proxy_optimizer.step(rows.start, config.images)
     means = {name: torch.cat([told[name] for told in made]).mean() for name in made[0]}
     if i in config.skip_matching:
         del means["move"]

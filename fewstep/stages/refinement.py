@@ -7,6 +7,7 @@ from pathlib import Path
 
 from diffusers import SD3Transformer2DModel
 
+from fewstep.engine import ranks
 from fewstep.engine.loop import train
 from fewstep.stages import distribution, watch
 from fewstep.stages.distribution import Given, State
@@ -60,7 +61,7 @@ def refine(
     watcher = watch.Watcher(config, given.held_out, stage, metrics)
 
     def step(seen: int) -> dict[str, float]:
-        figures = distribution.update(state, config, given, seen)
+        figures = ranks.mean(distribution.update(state, config, given, seen))
         watcher.record.add(figures)
         return figures
 

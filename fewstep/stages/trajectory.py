@@ -12,6 +12,7 @@ from torch import Tensor
 from fewstep import noise
 from fewstep.conditioning import TextCond
 from fewstep.data import embeddings, trajectories
+from fewstep.engine import ranks
 from fewstep.engine.ema import EMA
 from fewstep.engine.loop import microbatches, train
 from fewstep.engine.optim import Optim, Optimizer
@@ -98,14 +99,14 @@ def run(
         pick = noise.integers(0, len(stored.prompts), seed=config.seed, index=rows, step=PICK)
         steps = noise.integers(0, last_step, seed=config.seed, index=rows, step=STEP)
         made = []
-        for part in microbatches(range(config.batch), config.micro_batch):
+        for part in microbatches(ranks.share(range(config.batch)), config.micro_batch):
             own = slice(part.start, part.stop)
             losses = update(student, stored, conditions(pick[own]), pick[own], steps[own])
             (losses.sum() / config.batch).backward()
             made.append(losses.detach())
         norm = optimizer.step(seen, config.images)
         ema.update(seen, config.batch)
-        values = torch.cat(made)
+        values, steps = torch.cat(made), steps[ranks.share(range(config.batch))]
         by_step = {f"loss_step_{i}": float(values[steps == i].mean()) for i in range(last_step) if (steps == i).any()}
         return {"loss": float(values.mean()), "grad_norm": float(norm), **by_step}
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fewstep import noise
 from fewstep.conditioning import TextCond
 from fewstep.data.trajectories import Trajectories
-from fewstep.engine import health
+from fewstep.engine import health, ranks
 from fewstep.engine.config import to_dict
 from fewstep.engine.ema import EMA
 from fewstep.engine.log import Metrics
@@ -240,7 +240,8 @@ class Watcher:
         flat = {f"{b}/{name}": value for b, average in averages.items() for name, value in average.average.items()}
         flat |= {f"{PROXY}/{name}": value for name, value in roles.Trained(proxy).state_dict().items()}
         self.record.close_look({"images": seen, **figures}, flat)
-        strip(self.held_out, x0, knows, self.held_out.pictures / f"{self.stage}-{seen:07d}.png")
+        if ranks.first():
+            strip(self.held_out, x0, knows, self.held_out.pictures / f"{self.stage}-{seen:07d}.png")
         self.rolled_back = self._act(seen, averages, proxy)
         if self.rolled_back:
             figures["rolled_back_to"] = self.nearest()["images"]
@@ -261,7 +262,7 @@ class Watcher:
     def _act(self, seen: int, averages: Mapping[str, EMA], proxy: SD3Transformer2DModel) -> bool:
         action = self.config.health.action
         found = health.judge(self.record.looks, self.bands, self.config.health.patience, to_dict(self.config))
-        for verdict in found:
+        for verdict in found if ranks.first() else ():
             print(f"{self.stage} at {seen:,} images: {verdict.text}", file=sys.stderr)
         if not found or action == "warn":
             return False

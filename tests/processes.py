@@ -1,0 +1,47 @@
+"""What torchrun starts in tests: `processes.py TEACHER OUT TRAINED STAGES [KILLED]`; process KILLED dies on its way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import tiny_recipe
+
+from fewstep import cli
+from fewstep.engine import ranks
+from fewstep.engine.loop import train
+from fewstep.models import roles
+from fewstep.recipes import execute
+from fewstep.stages import distribution
+
+
+def main(teacher: str, out: str, trained: Any, stages: str, killed: str = "") -> None:
+    """Checkpoint after every update."""
+    torch.set_num_threads(1)
+    ranks.begin()
+    assert train.__kwdefaults__ is not None
+    train.__kwdefaults__["checkpoint_every_s"] = -1.0
+    if killed and ranks.rank() == int(killed):
+        update, calls = distribution.update, []
+
+        def dying(*given: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return update(*given)
+
+        distribution.update = dying
+    made = roles.FULL if trained == "full" else roles.Config(trained="lora", rank=4)
+    for stage in stages.split(","):
+        execute.run(tiny_recipe(Path(teacher), 4, roles=made), Path(out), stage)
+    ranks.end()
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    cli.app.cli = lambda **_: main(*arguments)  # type: ignore[method-assign]  # with the command's own way of ending
+    cli.main()
