@@ -84,7 +84,8 @@ def test_the_command_says_what_fits(call: Call, teacher_folder: Path) -> None:
     assert code == 0 and "each of 2 GPUs holds all networks" in out
     code, out, _ = call(*words, f"1x{(memory.CONTEXT - 1) / GIB:.3f}")
     assert code == 0 and "DOES NOT FIT" in out and "a larger GPU is needed" in out
-    for gpus, message in (("24", "number and memory"), ("3x24", "cannot be divided among 3 GPUs"), ("1x0", "number and memory")):
+    refused = (("24", "number and memory"), ("3x24", "cannot be divided among 3 GPUs"), ("1x0", "number and memory"))
+    for gpus, message in refused:
         code, _, err = call(*words, gpus)
         assert code == 2 and message in err
     code, _, err = call("plan", "shapes_teacher", "--gpus", "1x24")
