@@ -44,7 +44,7 @@ def test_what_is_recorded_without_numbers_is_what_a_network_keeps(
     monkeypatch.setattr(memory.kept, "__defaults__", (None,))  # float32, as above
     memory._measured.cache_clear()
     config = json.dumps({k: v for k, v in tiny_pipe().transformer.config.items() if not k.startswith("_")})
-    rank, which = (4 if trained == "lora" else 0), (4 if again else 3)
+    rank, which = (4 if trained == "lora" else 0), (5 if again else 4)
     recorded = {n: memory._measured(config, rank, "float32", 8, TOKENS, n)[which] for n in (1, 2, 3)}
     memory._measured.cache_clear()
     assert recorded == {n: real(trained, again, n) for n in recorded}
@@ -57,7 +57,9 @@ def test_weights_are_counted(teacher_folder: Path) -> None:
     assert network.weights == sum(p.numel() for p in transformer.parameters()) and network.adapters == 0
     found = {phase.name: phase.parts for phase in memory.phases(pipeline)}
     assert found["distribution"]["proxy's moments"] == 8 * network.weights
-    assert found["split"]["students of two branches"] == 2 * found["distribution"]["student"] == 8 * network.weights
+    assert network.constants == sum(b.numel() for b in transformer.buffers()) > 0
+    student = found["distribution"]["student"]
+    assert found["split"]["students of two branches"] == 2 * student == 8 * (network.weights + network.constants)
     shared = replace(pipeline, roles=roles.Config(trained="lora", rank=4))
     adapted = adapters.share(transformer)
     adapters.add(adapted, 4, 0)

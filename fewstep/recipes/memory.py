@@ -43,6 +43,7 @@ class Network:
 
     Attributes:
         weights: how many.
+        constants: numbers that are stored with them and not trained: the table of positions, a tenth of SD3.5-Medium.
         adapters: how many weights its adapters have.
         kept: what a forward pass of a microbatch keeps for the way back.
         again: what one block keeps while it is computed again; 0 without checkpointing.
@@ -50,6 +51,7 @@ class Network:
     """
 
     weights: int
+    constants: int
     adapters: int
     kept: int
     again: int
@@ -89,24 +91,24 @@ def network(pipeline: Distillation, batch: int) -> Network:
     size, tokens = pipeline.resolution // 8 or config["sample_size"], _text_tokens(pipeline)
     rank = chosen.rank if chosen.trained == "lora" else 0
     asked = json.dumps(config), rank, chosen.frozen_dtype, size, tokens
-    weights, own, width, plain, checkpointed = _measured(*asked, min(batch, 2))
+    weights, constants, own, width, plain, checkpointed = _measured(*asked, min(batch, 2))
     if batch > 2:
-        grown = _measured(*asked, 3)[3:]
+        grown = _measured(*asked, 3)[4:]
         both = zip((plain, checkpointed), grown, strict=True)
         plain, checkpointed = (two + (batch - 2) * (three - two) for two, three in both)
     if not chosen.checkpointing:
-        return Network(weights, own, plain, 0, width)
-    return Network(weights, own, checkpointed, (plain - checkpointed) // config["num_layers"], width)
+        return Network(weights, constants, own, plain, 0, width)
+    return Network(weights, constants, own, checkpointed, (plain - checkpointed) // config["num_layers"], width)
 
 
 @lru_cache(maxsize=64)
-def _measured(config: str, rank: int, dtype: str, size: int, tokens: int, batch: int) -> tuple[int, int, int, int, int]:
-    """Weights, weights of adapters, width, and bytes kept for the way back: without and with checkpointing."""
+def _measured(config: str, rank: int, dtype: str, size: int, tokens: int, batch: int) -> tuple[int, int, int, int, int, int]:
+    """Weights, constants, weights of adapters, width, and bytes kept for the way back: without and with checkpointing."""
     sd3.quiet()
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(config).items()}
     with torch.device("meta"):
         made = SD3Transformer2DModel(**settings).to(getattr(torch, dtype) if rank else torch.float32)
-    weights = sum(p.numel() for p in made.parameters())
+    weights, constants = (sum(t.numel() for t in tensors) for tensors in (made.parameters(), made.buffers()))
     if rank:
         adapters.add(made, rank, 0)
     own = sum(p.numel() for name, p in made.named_parameters() if ".lora_" in name)
@@ -117,7 +119,7 @@ def _measured(config: str, rank: int, dtype: str, size: int, tokens: int, batch:
         cond = TextCond(told, torch.empty(batch, made.config.pooled_projection_dim))
         plain = kept(made, x, cond)
         made.enable_gradient_checkpointing()
-        return weights, own, made.inner_dim, plain, kept(made, x, cond)
+        return weights, constants, own, made.inner_dim, plain, kept(made, x, cond)
 
 
 def kept(made: SD3Transformer2DModel, x: Tensor, cond: TextCond, compute: torch.dtype | None = torch.bfloat16) -> int:
@@ -142,17 +144,19 @@ def phases(pipeline: Distillation) -> list[Phase]:
     first, second = network(pipeline, t.micro_batch or t.batch), network(pipeline, d.micro_batch or d.batch)
     narrow = getattr(torch, pipeline.roles.frozen_dtype).itemsize
     full = pipeline.roles.trained == "full"
-    frozen = {"teacher": first.weights * narrow, "autoencoder": architectures.AUTOENCODER_WEIGHTS * narrow, "context": CONTEXT}
+    whole = first.weights + first.constants
+    frozen = {"teacher": whole * narrow, "autoencoder": architectures.AUTOENCODER_WEIGHTS * narrow, "context": CONTEXT}
     trained = first.weights if full else first.adapters
     encoders = {"text encoders": sum(architectures.ENCODER_WEIGHTS.values()) * narrow}
-    student = {"student": 4.0 * trained, "student's moments": 8.0 * trained, "student's average": 4.0 * trained}
-    proxy = {"proxy": 4.0 * trained, "proxy's moments": 8.0 * trained}
+    copied = whole if full else trained
+    student = {"student": 4.0 * copied, "student's moments": 8.0 * trained, "student's average": 4.0 * trained}
+    proxy = {"proxy": 4.0 * copied, "proxy's moments": 8.0 * trained}
     head = sum(p.numel() for p in heads.build(second.width, d.adversary.hidden, range(d.adversary.heads)).parameters())
     adversary = {"heads": 16.0 * head} if d.adversary.weight > 0 else {}
     gradients = {"gradients": 4.0 * trained}
     graphs = 2 if d.trajectory_weight > 0 else 1  # matching and trajectory guidance go back together
     back = {"kept for the way back": float(graphs * second.kept + second.again)}
-    out = [Phase("text conditions", frozen | encoders)] if pipeline.evaluate.benchmark == "pictures" else []
+    out = [Phase("text conditions", {"context": CONTEXT} | encoders)] if pipeline.evaluate.benchmark == "pictures" else []
     out.append(Phase("trajectory", frozen | student | gradients | {"kept for the way back": float(first.kept + first.again)}))
     out.append(Phase("distribution", frozen | student | proxy | adversary | gradients | back))
     if not pipeline.split.skip and len(pipeline.grid) > 3:
