@@ -30,7 +30,7 @@ from fewstep.engine.config import override, to_dict
 from fewstep.engine.log import clock
 from fewstep.engine.precision import fast_dtype
 from fewstep.models import sd3
-from fewstep.recipes import distil, execute
+from fewstep.recipes import distil, execute, material
 from fewstep.recipes.arms import teacher_arms
 from fewstep.recipes.layout import FOLDER
 from fewstep.recipes.pipeline import Distillation, build
@@ -146,7 +146,7 @@ def measure(pipeline: Distillation, cell: Path, student: Path, reference: Path) 
     of_teacher = teacher_arms(teacher.pipe, teacher.record, pipeline.teacher_steps, len(pipeline.grid) - 1)
     for arms, folder in (([arm], cell / page.EVALUATION), (of_teacher, reference)):
         evaluate.run(pipeline.evaluate, arms, teacher.pipe, teacher.record.t5_tokens, folder)
-    held_out = distil.held_out(pipeline, cell, teacher)
+    held_out = material.held_out(pipeline, cell, teacher)
     assert held_out is not None
     x, cond = held_out.stored.x, held_out.cond
 

@@ -33,7 +33,7 @@ from fewstep.engine.log import read_metrics
 from fewstep.flow import expand_t, x0_from_velocity
 from fewstep.models import sd3
 from fewstep.objectives import distribution as objective
-from fewstep.recipes import distil, execute, shapes
+from fewstep.recipes import execute, material, shapes
 from fewstep.recipes.layout import FOLDER, METRICS
 from fewstep.recipes.pipeline import Distillation
 from fewstep.recipes.teacher import open_for
@@ -234,7 +234,7 @@ def main() -> None:
     execute.run(pipeline, args.out, "trajectory")
     teacher = open_for(pipeline, args.out)
     start = sd3.load(args.out / FOLDER["trajectory"]).transformer
-    given = distil.given(pipeline, args.out, teacher, teacher.pipe.transformer, pipeline.distribution.seed)
+    given = material.given(pipeline, args.out, teacher, teacher.pipe.transformer, pipeline.distribution.seed)
     for seed, name in enumerate((*HEALTHY, UNSEEN), start=1):
         seeded = replace(pipeline, distribution=replace(pipeline.distribution, seed=100 * seed))
         refine(seeded, args.out, name, replace(given, prompt_at=prompts.source(None, 100 * seed)), start)

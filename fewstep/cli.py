@@ -116,6 +116,49 @@ def plan(
 
 
 @app.command
+def cache(
+    recipe: tyro.conf.Positional[str],
+    /,
+    out: Path | None = None,
+    check: bool = False,
+    mend: bool = False,
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE"), tyro.conf.UseAppendAction] = (),
+    config: Path | None = None,
+) -> None:
+    """Make what a recipe learns from beforehand: text conditions and teacher trajectories. The same command resumes.
+
+    `fewstep run` with the same settings and --out then goes on from there, with text encoders never opened. Under torchrun
+    processes share the work. Says how much disk it takes before it begins, and refuses where there is less.
+
+    Example: fewstep cache sd35_medium_4step_frugal --out runs/mine
+
+    Args:
+        recipe: name of a recipe.
+        out: folder of the run; runs/RECIPE by default.
+        check: only compare the files with their hashes, for instance after they were copied; code 1 if something is wrong.
+        mend: with --check, delete what is damaged, so that it is made again.
+        set: change one setting, section.key=value; may be given several times.
+        config: YAML file of settings.
+    """
+    from fewstep.recipes import cache as caching
+    from fewstep.recipes import demo as demonstration
+    from fewstep.recipes.pipeline import Distillation
+
+    folder = out or Path("runs") / recipe
+    if check:
+        found = caching.check(folder, mend)
+        print("\n".join(found) or f"{folder}: every file is as it was written")
+        if found:
+            raise SystemExit(1)
+        return
+    pipeline = demonstration.resolve(recipe, list(set), config)
+    if not isinstance(pipeline, Distillation):
+        raise ValueError(f"{recipe} learns from scenes that are drawn as they are needed: there is nothing to cache")
+    _prepare()
+    print(caching.run(pipeline, folder))
+
+
+@app.command
 def show(path: tyro.conf.Positional[Path | None] = None, /) -> None:
     """Show an artefact or a run; without a path, the recipes and the models that come with fewstep.
 

@@ -13,7 +13,7 @@ from tiny import tiny_pipe
 
 from fewstep.data.prompt_files import Line, Policy, read, usable
 from fewstep.models import sd3
-from fewstep.recipes import distil
+from fewstep.recipes import material
 
 TEXTS = st.lists(st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1).filter(str.strip), min_size=1, max_size=8)
 FRESH = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
@@ -135,7 +135,7 @@ def test_a_run_keeps_the_prompts_that_it_began_with(tmp_path: Path, teacher_fold
 
     (tmp_path / "p.csv").write_text("prompt\na circle\na square\na circle\n")
     pipeline = replace(tiny_recipe(teacher_folder, 2), prompts=str(tmp_path / "p.csv"))
-    assert distil.own_prompts(pipeline, tmp_path) == ["a circle", "a square"]
+    assert material.own_prompts(pipeline, tmp_path) == ["a circle", "a square"]
     assert "prompts: 1 of 3 prompts stand there twice (p.csv line 4: 'a circle'): left out" in capsys.readouterr().err
     (tmp_path / "p.csv").unlink()
-    assert distil.own_prompts(pipeline, tmp_path) == ["a circle", "a square"] and not capsys.readouterr().err
+    assert material.own_prompts(pipeline, tmp_path) == ["a circle", "a square"] and not capsys.readouterr().err

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -134,15 +134,18 @@ def read(folder: Path, count: int, grid: tuple[float, ...]) -> Trajectories:
     """The first `count` trajectories of a folder.
 
     Raises:
-        ValueError: when shards are missing, or were made for another grid.
+        ValueError: when shards are missing or damaged, or were made for another grid.
     """
     states, prompts = [], []
     for first in range(0, count, SHARD):
         path = folder / f"{first:07d}-{min(SHARD, count - first):03d}.safetensors"
         if not path.exists():
             raise ValueError(f"{path} is missing: stage `trajectory` makes it; run the same command again")
-        with safe_open(path, "pt") as file:
-            made_for, x = file.metadata(), file.get_tensor("x")  # mapped into memory, not read
+        try:
+            with safe_open(path, "pt") as file:
+                made_for, x = file.metadata(), file.get_tensor("x")  # mapped into memory, not read
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it, it is made again") from error
         if tuple(json.loads(made_for["grid"])) != grid:
             raise ValueError(f"{path} was made for the grid {made_for['grid']}, not {list(grid)}; choose another --out")
         states.append(x)

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 from diffusers import SD3Transformer2DModel
-from numpy.typing import NDArray
-from torch import Tensor
 
-from fewstep.data import prompt_files, prompts, trajectories
-from fewstep.engine import artifact, health, ranks
+from fewstep.engine import artifact, ranks
 from fewstep.engine.checkpoint import whole_folder
 from fewstep.engine.precision import fast_dtype
 from fewstep.flow import Velocity
 from fewstep.models import adapters, sd3
-from fewstep.recipes import assess, students
-from fewstep.recipes.layout import FOLDER, METRICS, PROMPTS, PROXY, timed
+from fewstep.recipes import assess, material, students
+from fewstep.recipes.layout import FOLDER, METRICS, PROXY, timed
 from fewstep.recipes.pipeline import Distillation
 from fewstep.recipes.sd35 import SOURCES
 from fewstep.recipes.teacher import Teacher, folder_of, open_for
-from fewstep.stages import distribution, evaluate, merge, refinement, split, trajectory, watch
-from fewstep.worlds.shapes.data import to_uint8
-
-HELD_OUT_SEED = 500  # added to the seed of the trajectories: their noise is not that of the held-out ones
+from fewstep.stages import distribution, evaluate, merge, refinement, split, trajectory
 
 
 def check(pipeline: Distillation) -> None:
@@ -40,12 +32,14 @@ def check(pipeline: Distillation) -> None:
     if pipeline.name in SOURCES and not folder.exists():
         raise ValueError(f"{folder} does not exist: fewstep adopt {SOURCES[pipeline.name]} --out {folder} makes it")
     record = artifact.read(folder, "teacher")
+    if pipeline.data_teacher:
+        _check_data_teacher(folder, Path(pipeline.data_teacher))
     if pipeline.start:
         students.check_start(pipeline.roles, Path(pipeline.start), record)
     config = folder / "transformer" / "config.json"
     if not config.is_file():
         raise ValueError(f"{folder} is not a model: transformer/config.json is missing. Give a diffusers pipeline folder")
-    _usable(pipeline)
+    material.usable(pipeline)
     network = json.loads(config.read_text(encoding="utf-8"))
     _ = pipeline.roles.place  # a device that is not there
     largest = 16 * network["pos_embed_max_size"]
@@ -58,44 +52,32 @@ def check(pipeline: Distillation) -> None:
         )
 
 
-def own_prompts(pipeline: Distillation, out: Path) -> list[str] | None:
-    """The prompts of a run, None for the bundled world's; what is left of a file is written down when it is first read.
-
-    Later changes of the file change nothing in a run that has begun.
+def _check_data_teacher(teacher: Path, other: Path) -> None:
+    """Whether another teacher reads the same conditions and draws in the same latents.
 
     Raises:
-        ValueError: as `prompt_files.read` and `usable`.
+        ValueError: not a teacher, or not of the same family.
     """
-    if pipeline.prompts == "shapes":
-        return None
-    kept = out / PROMPTS
-    if kept.exists():
-        texts: list[str] = json.loads(kept.read_text(encoding="utf-8"))["prompts"]
-        return texts
-    texts, said = _usable(pipeline)
-    for sentence in said:
-        print(f"prompts: {sentence}", file=sys.stderr)
-    partial = kept.with_suffix(".partial")
-    record = {"from": pipeline.prompts, "said": said, "prompts": texts}
-    partial.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
-    partial.replace(kept)
-    return texts
+    artifact.read(other, "teacher")
+    read = [json.loads((at / "transformer" / "config.json").read_text(encoding="utf-8")) for at in (teacher, other)]
+    for name in ("in_channels", "joint_attention_dim", "pooled_projection_dim"):
+        if read[0][name] != read[1][name]:
+            raise ValueError(f"data_teacher = {other}: its {name} is {read[1][name]}, the teacher's {read[0][name]}")
+    if weights_of(teacher, "vae") != weights_of(other, "vae"):
+        raise ValueError(f"data_teacher = {other}: its autoencoder is another one, so its latents mean other pictures")
 
 
-def _usable(pipeline: Distillation) -> tuple[list[str], list[str]]:
-    if pipeline.prompts == "shapes":
-        return [], []
-    folder = folder_of(pipeline)
-    fits = sd3.reads_to_the_end(folder, artifact.read(folder, "teacher").t5_tokens)
-    return prompt_files.usable(prompt_files.read(Path(pipeline.prompts)), fits, pipeline.prompt_policy)
+def weights_of(folder: Path, part: str) -> str:
+    """Hash of the weights of one part of a pipeline folder."""
+    return artifact.weights_hash(folder / part)
 
 
 def run(pipeline: Distillation, out: Path, wanted: Sequence[str]) -> Path | None:
     """Run the wanted stages that are not yet done; returns the report if the evaluation is wanted."""
     with ranks.first_alone() as mine:
         if mine:
-            own_prompts(pipeline, out)
-    teacher = open_for(pipeline, out, _all_prompts(pipeline, out))
+            material.own_prompts(pipeline, out)
+    teacher = open_for(pipeline, out, material.all_prompts(pipeline, out))
     stages: dict[str, Callable[[Distillation, Path, Teacher], None]] = {
         "trajectory": _trajectory,
         "distribution": _distribution,
@@ -110,41 +92,10 @@ def run(pipeline: Distillation, out: Path, wanted: Sequence[str]) -> Path | None
     return _evaluate(pipeline, out, teacher) if "evaluate" in wanted else None
 
 
-def _all_prompts(pipeline: Distillation, out: Path) -> Iterator[str]:
-    """Every prompt that a run will meet."""
-    own = own_prompts(pipeline, out)
-    for seed, count in (
-        (pipeline.trajectory.seed, pipeline.trajectory.trajectories),
-        (pipeline.distribution.seed, pipeline.distribution.images),
-        (pipeline.split.seed, pipeline.split.images),
-    ):
-        at = prompts.source(own, seed)
-        yield from (at(k) for k in range(count))
-    yield from prompts.held_out(own, max(pipeline.distribution.health.prompts, pipeline.evaluate.pictures))
-    yield from prompts.reported(own, pipeline.evaluate.pictures)
-
-
 def _done(stage: str, folder: Path) -> bool:
     if stage == "split":
         return all(artifact.exists(folder / branch) for branch in (split.LOW, split.HIGH))
     return artifact.exists(folder)
-
-
-def _stored(pipeline: Distillation, out: Path, teacher: Teacher) -> trajectories.Trajectories:
-    """The teacher trajectories of a run; made now if they are not there."""
-    config = pipeline.trajectory
-    trajectories.write(
-        out / "trajectories",
-        teacher.velocity,
-        teacher.encode,
-        prompts.source(own_prompts(pipeline, out), config.seed),
-        grid=pipeline.grid,
-        latent_shape=teacher.latent,
-        count=config.trajectories,
-        substeps=config.teacher_substeps,
-        seed=config.seed,
-    )
-    return trajectories.read(out / "trajectories", config.trajectories, pipeline.grid)
 
 
 def _trajectory(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
@@ -152,7 +103,7 @@ def _trajectory(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
     if pipeline.start:
         start, parents = students.read(pipeline.roles, teacher, Path(pipeline.start)), [artifact.read(Path(pipeline.start))]
     with timed(out, "trajectories"):
-        stored = _stored(pipeline, out, teacher)
+        stored = material.stored(pipeline, out, teacher)
     with timed(out, "trajectory"):
         work = out / "work" / "trajectory"
         trained = trajectory.run(config, start, stored, teacher.encode, work, out / METRICS, pipeline.roles)
@@ -163,45 +114,11 @@ def _trajectory(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
             students.write(out / FOLDER["trajectory"], made, teacher, trained)
 
 
-def given(pipeline: Distillation, out: Path, teacher: Teacher, proxy: SD3Transformer2DModel, seed: int) -> distribution.Given:
-    """What a refinement learns from and is watched with; the trajectories are made now if they are not there."""
-    stored, watched = _stored(pipeline, out, teacher), held_out(pipeline, out, teacher)
-    prompt_at = prompts.source(own_prompts(pipeline, out), seed)
-    return distribution.Given(proxy, teacher.velocity, stored, teacher.encode, prompt_at, watched, pipeline.roles)
-
-
-def held_out(pipeline: Distillation, out: Path, teacher: Teacher) -> watch.HeldOut | None:
-    """Teacher trajectories of held-out prompts, against which the student's health is judged."""
-    config = pipeline.distribution.health
-    if config.looks == 0:
-        return None
-    texts = prompts.held_out(own_prompts(pipeline, out), config.prompts)
-    count, folder = len(texts) * config.seeds, out / "held_out"
-    trajectories.write(
-        folder,
-        teacher.velocity,
-        teacher.encode,
-        lambda k: texts[k // config.seeds],
-        grid=pipeline.grid,
-        latent_shape=teacher.latent,
-        count=count,
-        substeps=pipeline.trajectory.teacher_substeps,
-        seed=pipeline.trajectory.seed + HELD_OUT_SEED,
-        title="held-out trajectories",
-    )
-    stored = trajectories.read(folder, count, pipeline.grid)
-
-    def decode(x0: Tensor) -> NDArray[np.uint8]:
-        return to_uint8(sd3.decode(teacher.pipe, x0))
-
-    return watch.HeldOut(stored, teacher.encode(stored.prompts), config.seeds, decode, out / health.PICTURES)
-
-
 def _distribution(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
     config, first = pipeline.distribution, out / FOLDER["trajectory"]
     parent = artifact.read(first, "student_trajectory")
     with timed(out, "distribution"):
-        learned_from = given(pipeline, out, teacher, teacher.pipe.transformer, config.seed)
+        learned_from = material.given(pipeline, out, teacher, teacher.pipe.transformer, config.seed)
         start = students.read(pipeline.roles, teacher, first)
         state = refinement.run(config, start, learned_from, out / "work" / "distribution", out / METRICS)
     made = students.record("student_distribution", pipeline, teacher, config, parent, images=state.images)
@@ -228,7 +145,7 @@ def _split(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
     parent = artifact.read(before, "student_distribution")
     proxy = students.read_proxy(pipeline.roles, teacher, out / PROXY)
     with timed(out, "split"):
-        learned_from = given(pipeline, out, teacher, proxy, config.seed)
+        learned_from = material.given(pipeline, out, teacher, proxy, config.seed)
         start = students.read(pipeline.roles, teacher, before)
         state = split.run(config, pipeline.distribution, start, learned_from, out / "work" / "split", out / METRICS)
     kinds: dict[str, artifact.Kind] = {split.LOW: "student_low", split.HIGH: "student_high"}
@@ -250,7 +167,7 @@ def _merge(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
     parents = [artifact.read(folders[split.LOW], "student_low"), artifact.read(folders[split.HIGH], "student_high")]
     branches = {name: students.read(pipeline.roles, teacher, folder) for name, folder in folders.items()}
     with timed(out, "merge"):
-        score = assess.chooser(pipeline, own_prompts(pipeline, out), teacher, out / "work" / "merge")
+        score = assess.chooser(pipeline, material.own_prompts(pipeline, out), teacher, out / "work" / "merge")
         made_of, scores = "+".join(p.weights for p in parents), {}
         for name, velocity in _candidates(pipeline, teacher, start, branches):
             scores[name] = score(evaluate.Arm(name, pipeline.grid, 1.0, velocity, made_of))
@@ -309,4 +226,4 @@ def _evaluate(pipeline: Distillation, out: Path, teacher: Teacher) -> Path:
     if not idle(pipeline):  # else it is the student
         made["student_distribution"] = "student_distribution"
     made["student"] = pipeline.student_name
-    return assess.report(pipeline, own_prompts(pipeline, out), out, teacher, made)
+    return assess.report(pipeline, material.own_prompts(pipeline, out), out, teacher, made)

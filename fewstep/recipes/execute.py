@@ -87,11 +87,22 @@ def run(pipeline: Pipeline, out: Path, stage: str | None = None) -> Path | None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot make the folder {out} ({error.strerror}): give --out a place you may write to") from None
+    with held(pipeline, out):
+        return _run(pipeline, out, stage)
+
+
+@contextmanager
+def held(pipeline: Pipeline, out: Path) -> Iterator[None]:
+    """Hold a run's folder, which `claim` has given these settings; of several processes the first one does.
+
+    Raises:
+        ValueError: another process works in it, or it was begun with other settings.
+    """
     with alone(out) if ranks.first() else nullcontext():
         with ranks.first_alone() as first:
             if first:
                 claim(pipeline, out)
-        return _run(pipeline, out, stage)
+        yield
 
 
 def _run(pipeline: Pipeline, out: Path, stage: str | None) -> Path | None:

@@ -219,18 +219,23 @@ def report(pipeline: Distillation, gpus: str) -> str:
         made = remedy(pipeline, capacity)
         words = " ".join(f"--set {word}" for word in made)
         lines.append(f"it fits with: {words}" if made else "no setting makes it fit: a larger GPU is needed")
-    lines += ["", *disk(pipeline)]
+    lines += ["", f"disk: {disk(pipeline, 0) / GIB:.1f} GiB of teacher trajectories"]
+    if pipeline.evaluate.benchmark == "pictures":
+        lines.append(f"      {condition(pipeline) / 2**20:.2f} MiB of text conditions a prompt")
     return "\n".join(lines)
 
 
-def disk(pipeline: Distillation) -> list[str]:
-    """What a run writes, in words."""
+def disk(pipeline: Distillation, prompts: int) -> float:
+    """Bytes of what a run learns from: trajectories, and conditions of so many prompts where they are kept."""
     config, steps = configuration(pipeline), len(pipeline.grid) - 1
-    size = pipeline.resolution // 8 or config["sample_size"]
-    latents = pipeline.trajectory.trajectories * (steps + 1) * config["in_channels"] * size * size * 4
-    width = getattr(torch, pipeline.roles.frozen_dtype).itemsize
-    cond = (_text_tokens(pipeline) * config["joint_attention_dim"] + config["pooled_projection_dim"]) * width
-    lines = [f"disk: {latents / GIB:.1f} GiB of teacher trajectories"]
-    if pipeline.evaluate.benchmark == "pictures":
-        lines.append(f"      {cond / 2**20:.2f} MiB of text conditions a prompt")
-    return lines
+    size, health = pipeline.resolution // 8 or config["sample_size"], pipeline.distribution.health
+    watched = health.prompts * health.seeds if health.looks else 0
+    latent = config["in_channels"] * size * size * 4
+    trajectories = (pipeline.trajectory.trajectories + watched) * (steps + 1) * latent
+    return trajectories + (prompts * condition(pipeline) if pipeline.evaluate.benchmark == "pictures" else 0.0)
+
+
+def condition(pipeline: Distillation) -> int:
+    """Bytes of one stored text condition."""
+    config, width = configuration(pipeline), getattr(torch, pipeline.roles.frozen_dtype).itemsize
+    return int((_text_tokens(pipeline) * config["joint_attention_dim"] + config["pooled_projection_dim"]) * width)

@@ -25,6 +25,8 @@ class Distillation:
     Attributes:
         name: the recipe's name.
         teacher: "bundled", or an artefact folder of kind teacher.
+        data_teacher: another teacher, with the same text encoders and autoencoder, that makes the trajectories, such as a
+            larger one (the paper's data come from SD3.5-Large); empty: the teacher itself.
         start: a student of the same teacher that this one starts from, such as one of more steps; empty: the teacher.
         grid: the student's grid, explicit numbers.
         resolution: pixels of an image's side; 0 is what the teacher was made for.
@@ -37,6 +39,7 @@ class Distillation:
 
     name: str
     teacher: str = "bundled"
+    data_teacher: str = ""
     start: str = ""
     grid: tuple[float, ...] = (1.0, 0.9, 0.75, 0.5, 0.0)
     resolution: int = 0

@@ -118,6 +118,24 @@ def _teacher(
     return Teacher(folder, record, pipe, encode, velocity, latent_shape(pipe, resolution))
 
 
+def velocity_of(folder: Path, config: roles.Config, encode: Encode, at_once: int = 0) -> Velocity:
+    """The guided velocity of another teacher that reads the same conditions, such as a larger one that makes the data.
+
+    Args:
+        folder: its artefact.
+        config: device and type of its weights.
+        encode: prompts to conditions.
+        at_once: samples in a pass; 0 is all.
+
+    Raises:
+        ValueError: not a teacher.
+    """
+    record = artifact.read(folder, "teacher")
+    pipe = sd3.load(folder, getattr(torch, config.frozen_dtype), (*sd3.ENCODERS, "vae"))
+    network = sd3.velocity(pipe.transformer.to(config.place), fast_dtype(config.place))
+    return guided(in_chunks(network, at_once) if at_once else network, encode([""]), record.guidance_scale)
+
+
 def latent_shape(pipe: StableDiffusion3Pipeline, resolution: int) -> tuple[int, int, int]:
     """(16, H, W) of latents of a square image of `resolution` pixels; 0 is what the network was made for."""
     network = pipe.transformer.config

@@ -69,7 +69,8 @@ def sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     equal = [r for r in rows[1:-1] if r["name"].startswith("teacher_") and r["nfe"] == student["nfe"]]
     for rival in equal:
-        out.append(f"The teacher itself, at the same {rival['nfe']} evaluations: {_range(rival['distance'])}.")
+        same = f"The teacher itself at the same {rival['nfe']} evaluations ({label(rival['name'])})"
+        out.append(f"{same}: {_range(rival['distance'])}.")
     out.append(f"Seeds of a prompt differ {_range(student['variety'])} times as much as the teacher's.")
     out.append("Nothing here says whether images are good or show what was asked for: look at them.")
     return out
