@@ -87,4 +87,4 @@ def test_the_command_measures_and_shows(call: Call, teacher_folder: Path, style:
     code, _, err = call(*words, "--seeds", 1)
     assert code == 2 and "at least 2" in err
     code, _, err = call(*words[:2], tmp_path / "none.safetensors", *words[3:])
-    assert code == 2 and "is not a safetensors file" in err
+    assert code == 2 and "none.safetensors does not exist" in err

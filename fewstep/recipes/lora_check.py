@@ -71,6 +71,8 @@ def run(
     """
     if count < 2 or seeds < 2:
         raise ValueError(f"count = {count}, seeds = {seeds}: give at least 2 of each, for intervals and distances")
+    if not lora.is_file():
+        raise ValueError(f"{lora} does not exist: give a LoRA of the teacher, a safetensors file")
     made = artifact.read(student)
     if not made.kind.startswith("student"):
         raise ValueError(f"{student} holds a {made.kind}: give a student, such as runs/demo/05-merge")
