@@ -293,6 +293,11 @@ def main() -> None:
     except KeyboardInterrupt:
         print("fewstep: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        if os.environ.get("WORLD_SIZE"):  # started by torchrun: a process that stays in the group may not end
+            from fewstep.engine import ranks
+
+            ranks.end()
 
 
 if __name__ == "__main__":
