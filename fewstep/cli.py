@@ -226,6 +226,7 @@ def lora_check(
     prompts: Path | None = None,
     count: int = 12,
     seeds: int = 2,
+    resolution: int = 0,
 ) -> None:
     """Measure how much of a LoRA that was trained on the teacher survives in its student, and show it.
 
@@ -242,12 +243,21 @@ def lora_check(
         prompts: file of prompts; those of the bundled world by default.
         count: prompts that are drawn.
         seeds: images of each.
+        resolution: pixels of an image's side, such as the 512 of a frugal recipe; the teacher's own by default.
     """
     from fewstep.recipes import lora_check as check
 
     _prepare()
     made = check.run(
-        student, lora, out, teacher=teacher, scale=scale, prompt_file=prompts, count=count, seeds=seeds
+        student,
+        lora,
+        out,
+        teacher=teacher,
+        scale=scale,
+        prompt_file=prompts,
+        count=count,
+        seeds=seeds,
+        resolution=resolution,
     )
     kept, cosine = made["kept"], made["cosine"]
     assert isinstance(kept, dict) and isinstance(cosine, dict)

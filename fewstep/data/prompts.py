@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fewstep.worlds.shapes.grammar import GENEVAL_TASKS
-from fewstep.worlds.shapes.prompts import caption, protocol_prompts, training_ask
+from fewstep.worlds.shapes.prompts import Split, caption, protocol_prompts, training_ask
 
 HELD_OUT_EVERY = 10  # prompts of a list
 
@@ -39,9 +39,7 @@ def held_out(own: Sequence[str] | None, count: int) -> list[str]:
     and its own prompts are given.
     """
     if own is None:
-        tasks = [protocol_prompts("select", count, (task,)) for task in GENEVAL_TASKS]
-        in_turn = [of_task[k].text for k in range(count) for of_task in tasks if k < len(of_task)]
-        return in_turn[:count]
+        return _in_turn("select", count)
     return list(own[HELD_OUT_EVERY - 1 :: 2 * HELD_OUT_EVERY] or own)[:count]
 
 
@@ -52,10 +50,13 @@ def reported(own: Sequence[str] | None, count: int) -> list[str]:
     twenty has none, and gives those that it is watched with.
     """
     if own is None:
-        tasks = [protocol_prompts("report", count, (task,)) for task in GENEVAL_TASKS]
-        in_turn = [of_task[k].text for k in range(count) for of_task in tasks if k < len(of_task)]
-        return in_turn[:count]
+        return _in_turn("report", count)
     return list(own[2 * HELD_OUT_EVERY - 1 :: 2 * HELD_OUT_EVERY])[:count] or held_out(own, count)
+
+
+def _in_turn(split: Split, count: int) -> list[str]:
+    tasks = [protocol_prompts(split, count, (task,)) for task in GENEVAL_TASKS]
+    return [of_task[k].text for k in range(count) for of_task in tasks if k < len(of_task)][:count]
 
 
 def _shapes(rng: np.random.Generator) -> str:

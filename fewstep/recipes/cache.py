@@ -32,14 +32,10 @@ def run(pipeline: Distillation, out: Path) -> Path:
     """
     distil.check(pipeline)
     out.mkdir(parents=True, exist_ok=True)
-    needed, free = memory.disk(pipeline, len(set(material.all_prompts(pipeline, out)))), shutil.disk_usage(out).free
-    missing = needed - sum(file.stat().st_size for folder in FOLDERS for file in (out / folder).rglob("*.safetensors"))
-    if missing > free:
-        sizes = f"{free / memory.GIB:.1f} GiB of disk left, {missing / memory.GIB:.1f} are needed"
-        raise ValueError(f"{out} has {sizes}: choose another --out")
-    if ranks.first():
-        print(f"{max(0.0, missing) / memory.GIB:.2f} GiB to be written into {out}", file=sys.stderr)
     with execute.held(pipeline, out):
+        with ranks.first_alone() as first:
+            if first:
+                _estimate(pipeline, out)
         teacher = open_for(pipeline, out, material.all_prompts(pipeline, out))
         with timed(out, "trajectories"):
             material.stored(pipeline, out, teacher)
@@ -47,6 +43,16 @@ def run(pipeline: Distillation, out: Path) -> Path:
         if ranks.first():
             write_manifest(out)
     return out / MANIFEST
+
+
+def _estimate(pipeline: Distillation, out: Path) -> None:
+    """Say how much is to be written, and refuse where it does not fit."""
+    needed, free = memory.disk(pipeline, len(set(material.all_prompts(pipeline, out)))), shutil.disk_usage(out).free
+    missing = needed - sum(file.stat().st_size for folder in FOLDERS for file in (out / folder).rglob("*.safetensors"))
+    if missing > free:
+        sizes = f"{free / memory.GIB:.1f} GiB of disk left, {missing / memory.GIB:.1f} are needed"
+        raise ValueError(f"{out} has {sizes}: choose another --out")
+    print(f"{max(0.0, missing) / memory.GIB:.2f} GiB to be written into {out}", file=sys.stderr)
 
 
 def write_manifest(out: Path) -> None:

@@ -63,13 +63,8 @@ def _check_data_teacher(teacher: Path, other: Path) -> None:
     for name in ("in_channels", "joint_attention_dim", "pooled_projection_dim"):
         if read[0][name] != read[1][name]:
             raise ValueError(f"data_teacher = {other}: its {name} is {read[1][name]}, the teacher's {read[0][name]}")
-    if weights_of(teacher, "vae") != weights_of(other, "vae"):
+    if artifact.weights_hash(teacher / "vae") != artifact.weights_hash(other / "vae"):
         raise ValueError(f"data_teacher = {other}: its autoencoder is another one, so its latents mean other pictures")
-
-
-def weights_of(folder: Path, part: str) -> str:
-    """Hash of the weights of one part of a pipeline folder."""
-    return artifact.weights_hash(folder / part)
 
 
 def run(pipeline: Distillation, out: Path, wanted: Sequence[str]) -> Path | None:

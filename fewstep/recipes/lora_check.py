@@ -22,6 +22,7 @@ from fewstep.engine.artifact import Artifact
 from fewstep.engine.precision import fast_dtype
 from fewstep.models import roles, sd3
 from fewstep.recipes.adopt import merge_lora
+from fewstep.recipes.teacher import latent_shape
 from fewstep.stages import evaluate, pictures
 from fewstep.worlds.shapes import TEACHER
 from fewstep.worlds.shapes.data import to_uint8
@@ -49,6 +50,7 @@ def run(
     prompt_file: Path | None = None,
     count: int = 12,
     seeds: int = 2,
+    resolution: int = 0,
 ) -> dict[str, object]:
     """Draw with teacher and student, each without and with the LoRA; write a picture and the figures.
 
@@ -61,6 +63,7 @@ def run(
         prompt_file: prompts to draw; report prompts of the bundled world by default.
         count: prompts.
         seeds: images of each.
+        resolution: pixels of an image's side; 0 is what the teacher was made for.
 
     Returns:
         The figures: "kept" and "cosine", each {mean, lo, hi}, and what they were made with.
@@ -83,7 +86,7 @@ def run(
     own = None if prompt_file is None else [p.text for p in prompt_files.read(prompt_file)]
     texts = prompts.reported(None, count) if own is None else own[:count]
     drawn = [
-        _draw(folder, record, texts, seeds, lora if with_it else None, scale)
+        _draw(folder, record, texts, seeds, lora if with_it else None, scale, resolution)
         for folder, record in ((source, origin), (student, made))
         for with_it in (False, True)
     ]
@@ -122,7 +125,9 @@ def survival(teacher: Tensor, moved_teacher: Tensor, student: Tensor, moved_stud
     }
 
 
-def _draw(folder: Path, record: Artifact, texts: list[str], seeds: int, lora: Path | None, scale: float) -> Drawn:
+def _draw(
+    folder: Path, record: Artifact, texts: list[str], seeds: int, lora: Path | None, scale: float, resolution: int
+) -> Drawn:
     pipe = sd3.load(folder)
     if lora is not None:
         merge_lora(pipe, lora, scale)
@@ -131,9 +136,8 @@ def _draw(folder: Path, record: Artifact, texts: list[str], seeds: int, lora: Pa
     cond = evaluate.encode(pipe, [*texts, ""], record.t5_tokens, 16)
     velocity = sd3.velocity(pipe.transformer, fast_dtype(pipe.transformer.device))
     arm = evaluate.Arm(record.kind, record.grid, record.guidance_scale, velocity, record.weights)
-    network = pipe.transformer.config
-    shape = network.in_channels, network.sample_size, network.sample_size
-    x0 = pictures.draw(arm, evaluate.Config("pictures", seeds=seeds, batch=8), cond, shape).x0
+    asked = evaluate.Config("pictures", seeds=seeds, batch=8)
+    x0 = pictures.draw(arm, asked, cond, latent_shape(pipe, resolution)).x0
     with torch.no_grad():
         return Drawn(x0, to_uint8(sd3.decode(pipe, x0[:, 0])))
 
