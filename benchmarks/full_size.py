@@ -98,15 +98,7 @@ def inference(config: dict[str, Any], pixels: int, device: str) -> dict[str, Any
 
     with torch.no_grad():
         x0 = rollout(timed, x, grid, cond).x[-1]
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=16,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).to(device, torch.bfloat16)
+    vae = AutoencoderKL(**architectures.AUTOENCODER).to(device, torch.bfloat16)
     start = time.perf_counter()
     with torch.no_grad():
         image = vae.decode(x0.to(device, torch.bfloat16), return_dict=False)[0]
@@ -210,21 +202,13 @@ def measured(update: Callable[[int], object], batch: int, tflop_an_image: float,
 
 def compare(made: dict[str, Any], pipeline: Distillation, config: dict[str, Any]) -> None:
     """Set the planned peak beside the measured one."""
-    planned = {phase.name: phase for phase in _phases(pipeline, lambda _: config)}
+    planned = {phase.name: phase for phase in memory.phases(pipeline, config)}
     for stage in ("trajectory", "distribution"):
         parts = planned[stage].parts
         counted = sum(size for name, size in parts.items() if name not in ("context", "autoencoder"))  # what is not here
         made[stage]["planned_gib"] = counted / memory.GIB
         if "peak_gib" in made[stage]:
             made[stage]["plan_over_measured"] = made[stage]["planned_gib"] / made[stage]["peak_gib"]
-
-
-def _phases(pipeline: Distillation, configuration: Callable[[Distillation], dict[str, Any]]) -> list[memory.Phase]:
-    kept, memory.configuration = memory.configuration, configuration
-    try:
-        return memory.phases(pipeline)
-    finally:
-        memory.configuration = kept
 
 
 def rehearsals(size: str, micro: int) -> Iterator[tuple[str, Distillation]]:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny import SIZES, tiny_pipe
 from torch import Tensor, nn
 
-from fewstep.models import sd3, single_file
+from fewstep.models import architectures, sd3, single_file
 from fewstep.stages import autoencoder
 from fewstep.worlds.shapes.architecture import build
 
@@ -220,15 +220,7 @@ def test_sd35_medium_has_the_names_and_shapes_of_its_file() -> None:
 
 def test_the_autoencoder_of_sd3_has_the_names_and_shapes_of_its_file() -> None:
     with torch.device("meta"):
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            latent_channels=16,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
+        vae = AutoencoderKL(**architectures.AUTOENCODER)
     names = single_file.original_autoencoder_names(vae.state_dict())
     shapes = {name.removeprefix("first_stage_model."): tuple(tensor.shape) for name, tensor in names.items()}
     known = {

@@ -1,4 +1,4 @@
-"""The transformers of SD3 and SD3.5 by their configurations, for what needs their sizes and not their weights."""
+"""SD3.5's networks by their configurations, for what needs their sizes and not their weights."""
 
 from __future__ import annotations
 
@@ -27,6 +27,15 @@ SD35_LARGE: dict[str, Any] = _COMMON | {
     "caption_projection_dim": 2432,
     "pos_embed_max_size": 192,
     "qk_norm": "rms_norm",
+}
+AUTOENCODER: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
 }
 # Weights of what stands beside the transformer, the same in both.
 ENCODER_WEIGHTS = {"text_encoder": 123_650_304, "text_encoder_2": 694_659_840, "text_encoder_3": 4_762_310_656}

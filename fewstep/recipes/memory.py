@@ -82,12 +82,12 @@ def configuration(pipeline: Distillation) -> dict[str, Any]:
     return architectures.SD35_LARGE if "large" in pipeline.name else architectures.SD35_MEDIUM
 
 
-def network(pipeline: Distillation, batch: int) -> Network:
+def network(pipeline: Distillation, batch: int, config: dict[str, Any] | None = None) -> Network:
     """Measure the transformer of a distillation without its weights, for forward passes of `batch` images.
 
     From two images on, what is kept grows evenly with the batch (a single one needs no copies where others broadcast).
     """
-    config, chosen = configuration(pipeline), pipeline.roles
+    config, chosen = config or configuration(pipeline), pipeline.roles
     size, tokens = pipeline.resolution // 8 or config["sample_size"], _text_tokens(pipeline)
     rank = chosen.rank if chosen.trained == "lora" else 0
     asked = json.dumps(config), rank, chosen.frozen_dtype, size, tokens
@@ -138,10 +138,10 @@ def kept(made: SD3Transformer2DModel, x: Tensor, cond: TextCond, compute: torch.
     return sum(size for size, _ in found.values())
 
 
-def phases(pipeline: Distillation) -> list[Phase]:
-    """The fullest moment of each stage that trains, and of encoding prompts."""
+def phases(pipeline: Distillation, config: dict[str, Any] | None = None) -> list[Phase]:
+    """The fullest moment of each stage that trains, and of encoding prompts; `config` stands in for the teacher's."""
     t, d = pipeline.trajectory, pipeline.distribution
-    first, second = network(pipeline, t.micro_batch or t.batch), network(pipeline, d.micro_batch or d.batch)
+    first, second = (network(pipeline, c.micro_batch or c.batch, config) for c in (t, d))
     narrow = getattr(torch, pipeline.roles.frozen_dtype).itemsize
     full = pipeline.roles.trained == "full"
     whole = first.weights + first.constants
