@@ -167,17 +167,7 @@ def test_autoencoder_names_are_the_inverse_of_the_conversion(quantise: bool, lay
 
 def test_sd35_medium_has_the_names_and_shapes_of_its_file() -> None:
     with torch.device("meta"):
-        network = SD3Transformer2DModel(
-            num_layers=24,
-            attention_head_dim=64,
-            num_attention_heads=24,
-            joint_attention_dim=4096,
-            caption_projection_dim=1536,
-            pooled_projection_dim=2048,
-            pos_embed_max_size=384,
-            dual_attention_layers=tuple(range(13)),
-            qk_norm="rms_norm",
-        )
+        network = SD3Transformer2DModel(**architectures.SD35_MEDIUM)
     names = single_file.original_names(network.state_dict())
     shapes = {name.removeprefix(STABILITY): tuple(tensor.shape) for name, tensor in names.items()}
     assert all(name.startswith(STABILITY) for name in names)
