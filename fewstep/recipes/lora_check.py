@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fewstep.data import prompt_files, prompts
@@ -29,7 +29,7 @@ from fewstep.worlds.shapes.data import to_uint8
 
 COLUMNS = ("teacher", "teacher with the LoRA", "student", "student with the LoRA")
 PICTURE, RECORD = "lora_check.png", "lora_check.json"
-SHOWN, EDGE, MARGIN, LINE = 8, 4, 300, 16  # rows of the picture; pixels between, for prompts, and of text
+SHOWN, EDGE, MARGIN, LINE = 8, 4, 240, 15  # rows of the picture; pixels between, for prompts, and of text
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,9 +145,10 @@ def _draw(
 def sheet(texts: list[str], drawn: list[Drawn]) -> Image.Image:
     """A row for each prompt, a column for each of `COLUMNS`."""
     rows = min(SHOWN, len(texts))
-    side = max(128, min(256, drawn[0].images.shape[1]))
+    side = max(160, min(256, drawn[0].images.shape[1]))
     made = Image.new("RGB", (MARGIN + 4 * (side + EDGE), 2 * LINE + rows * (side + EDGE)), "white")
     pen = ImageDraw.Draw(made)
+    pen.font = ImageFont.load_default(LINE - 2)
     for column, (name, of) in enumerate(zip(COLUMNS, drawn, strict=True)):
         left = MARGIN + column * (side + EDGE)
         pen.text((left, LINE // 2), name, fill="black")
