@@ -1,8 +1,9 @@
-"""Samplers as functions of (velocity, x, grid). No state, no scheduler object.
+"""Samplers as functions of (velocity, x, grid). No scheduler object.
 
 A deterministic step has the form x_next = x + (t_next - t_cur) v: for Euler v is the velocity at x, for Heun
-the mean of the velocities at both ends. A re-noising step keeps nothing of x but its data prediction. States
-are float32 or wider. NFE is calls times `velocity.nfe_per_call`, which is 1 where absent.
+the mean of the velocities at both ends, for Adams-Bashforth what the velocities here and a step ago let expect
+of the middle. A re-noising step keeps nothing of x but its data prediction. States are float32 or wider. NFE is
+calls times `velocity.nfe_per_call`, which is 1 where absent.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,8 @@ from torch import Tensor
 from fewstep.flow import Velocity, expand_t, interpolate, wide, x0_from_velocity
 from fewstep.grids import check_grid
 
-Solver = Literal["euler", "heun"]
+Solver = Literal["euler", "heun", "ab2"]
+CALLS: dict[Solver, int] = {"euler": 1, "heun": 2, "ab2": 1}  # of the velocity in a step
 Step = Callable[[Velocity, Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor]]
 
 
@@ -42,6 +44,27 @@ def heun_step(
     v_next = velocity(x_euler, t_next, cond)
     v = torch.where(at_zero.reshape(-1, *[1] * (x.ndim - 1)), v_cur, (v_cur + v_next) / 2)
     return x + expand_t(t_next - t_cur, x) * v, v
+
+
+def adams_bashforth() -> Step:
+    """A step of second order and one call (Adams-Bashforth), for one trajectory: it remembers the velocity of its last call.
+
+    With r the length of this step over that of the last one, v = v_cur + r (v_cur - v_last) / 2. The first step, and those
+    that land on t = 0 (as Heun's), are Euler steps; a whole rollout stays second order.
+    """
+    last: list[tuple[Tensor, Tensor]] = []
+
+    def step(velocity: Velocity, x: Tensor, t_cur: Tensor, t_next: Tensor, cond: Any) -> tuple[Tensor, Tensor]:
+        v_cur, length = velocity(x, t_cur, cond), t_next - t_cur
+        v = v_cur
+        if last:
+            v_last, length_last = last.pop()
+            half = torch.where(t_next == 0, torch.zeros_like(length), length / length_last / 2)
+            v = v_cur + expand_t(half, x) * (v_cur - v_last)
+        last.append((v_cur, length))
+        return x + expand_t(length, x) * v, v
+
+    return step
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,12 +95,12 @@ def rollout(
         x: (B, ...), the state at time grid[0] (pure noise if that is 1).
         grid: S + 1 decreasing times ending at 0.
         cond: handed to `velocity` unchanged.
-        solver: "euler" or "heun".
+        solver: "euler", "heun" or "ab2".
 
     Raises:
         ValueError: bad grid or unknown solver.
     """
-    step, times, x = _step(solver), check_grid(grid), wide(x)
+    step, times, x = stepper(solver), check_grid(grid), wide(x)
     counted = _Counted(velocity)
     xs, vs = [x], []
     for t_cur, t_next in zip(times[:-1], times[1:], strict=True):
@@ -125,7 +148,7 @@ def integrate(
     t_to: Tensor,
     cond: Any,
     substeps: int,
-    solver: Solver = "euler",
+    solver: Solver | Step = "euler",
 ) -> Tensor:
     """Integrates each sample from its own t_from to its own t_to in `substeps` uniform steps.
 
@@ -136,7 +159,7 @@ def integrate(
         t_to: (B,), float32 or wider.
         cond: handed to `velocity` unchanged.
         substeps: at least 1.
-        solver: "euler" or "heun".
+        solver: "euler", "heun" or "ab2"; or a step of `stepper`, which then knows where the trajectory comes from.
 
     Returns:
         (B, ...), the states at t_to.
@@ -147,7 +170,7 @@ def integrate(
     """
     if substeps < 1:
         raise ValueError(f"substeps must be at least 1, got {substeps}")
-    step, x = _step(solver), wide(x)
+    step, x = stepper(solver) if isinstance(solver, str) else solver, wide(x)
     t_cur = t_from
     for k in range(1, substeps + 1):
         # the last time is t_to itself: rounding must not turn 0 into 1e-9
@@ -178,8 +201,13 @@ def _shaped(eps: Tensor, x: Tensor) -> Tensor:
     return eps
 
 
-def _step(solver: str) -> Step:
-    steps: dict[str, Step] = {"euler": euler_step, "heun": heun_step}
+def stepper(solver: Solver) -> Step:
+    """The step of a solver, to be used along one trajectory.
+
+    Raises:
+        ValueError: unknown solver.
+    """
+    steps: dict[str, Step] = {"euler": euler_step, "heun": heun_step, "ab2": adams_bashforth()}
     if solver not in steps:
         raise ValueError(f"unknown solver {solver!r}: one of {', '.join(steps)}")
     return steps[solver]

@@ -18,8 +18,14 @@ from fewstep.models import roles
 from fewstep.recipes import execute
 from fewstep.stages import distribution
 
+ROLES = {
+    "full": roles.FULL,
+    "lora": roles.Config(trained="lora", rank=4),
+    "sharded": roles.Config(sharded=True, checkpointing=True),
+}
 
-def main(teacher: str, out: str, trained: Any, stages: str, killed: str = "") -> None:
+
+def main(teacher: str, out: str, trained: str, stages: str, killed: str = "") -> None:
     """Checkpoint after every update."""
     torch.set_num_threads(1)
     ranks.begin()
@@ -35,9 +41,8 @@ def main(teacher: str, out: str, trained: Any, stages: str, killed: str = "") ->
             return update(*given)
 
         distribution.update = dying
-    made = roles.FULL if trained == "full" else roles.Config(trained="lora", rank=4)
     for stage in stages.split(","):
-        execute.run(tiny_recipe(Path(teacher), 4, roles=made), Path(out), stage)
+        execute.run(tiny_recipe(Path(teacher), 4, roles=ROLES[trained]), Path(out), stage)
     ranks.end()
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import ROLES
 from tiny import tiny_recipe
 
 from fewstep.engine import ranks
 from fewstep.engine.log import read_metrics
-from fewstep.models import roles, sd3
+from fewstep.models import sd3
 from fewstep.recipes import execute
 
 TRAINED = ("trajectory", "distribution", "split")
@@ -26,9 +27,8 @@ def start(count: int, *words: object) -> subprocess.CompletedProcess[str]:
 
 
 def alone(teacher_folder: Path, out: Path, trained: str) -> None:
-    made = roles.FULL if trained == "full" else roles.Config(trained="lora", rank=4)
     for stage in TRAINED:
-        execute.run(tiny_recipe(teacher_folder, 4, roles=made), out, stage)
+        execute.run(tiny_recipe(teacher_folder, 4, roles=ROLES[trained]), out, stage)
 
 
 def same(one: Path, other: Path) -> None:
@@ -45,7 +45,7 @@ def same(one: Path, other: Path) -> None:
         assert max(differing) < 2e-3, name  # float16, and Adam's first steps are signs
 
 
-@pytest.mark.parametrize(("count", "trained"), [(2, "full"), (4, "full"), (2, "lora")])
+@pytest.mark.parametrize(("count", "trained"), [(2, "full"), (4, "full"), (2, "lora"), (2, "sharded"), (4, "sharded")])
 def test_processes_make_what_one_makes(teacher_folder: Path, tmp_path: Path, count: int, trained: str) -> None:
     last = ("merge",) if trained == "lora" else ()  # which the first process does by itself
     done = start(count, teacher_folder, tmp_path / "many", trained, ",".join((*TRAINED, *last)))
@@ -56,15 +56,22 @@ def test_processes_make_what_one_makes(teacher_folder: Path, tmp_path: Path, cou
     same(tmp_path / "one", tmp_path / "many")
 
 
-def test_a_killed_process_ends_the_run_which_goes_on_with_another_number(teacher_folder: Path, tmp_path: Path) -> None:
-    ended = start(2, teacher_folder, tmp_path / "run", "full", ",".join(TRAINED), 1)
+@pytest.mark.parametrize(("trained", "goes_on"), [("full", 1), ("sharded", 1), ("sharded", 4)])
+def test_a_killed_process_ends_the_run_which_goes_on_with_another_number(
+    teacher_folder: Path, tmp_path: Path, trained: str, goes_on: int
+) -> None:
+    ended = start(2, teacher_folder, tmp_path / "run", trained, ",".join(TRAINED), 1)
     assert ended.returncode != 0 and not (tmp_path / "run" / "03-distribution").exists()
     said = [line for line in ended.stderr.splitlines() if line.startswith("fewstep: ")]
     assert said in ([], ["fewstep: another process of this run has ended; the same command goes on from the last checkpoint"])
     assert "SIGKILL" in ended.stderr or said  # torchrun names the process that died
     assert list((tmp_path / "run" / "work" / "distribution").glob("checkpoint-*"))
-    alone(teacher_folder, tmp_path / "run", "full")
-    alone(teacher_folder, tmp_path / "one", "full")
+    if goes_on == 1:
+        alone(teacher_folder, tmp_path / "run", trained)
+    else:
+        done = start(goes_on, teacher_folder, tmp_path / "run", trained, ",".join(TRAINED))
+        assert done.returncode == 0, done.stderr[-3000:]
+    alone(teacher_folder, tmp_path / "one", trained)
     same(tmp_path / "one", tmp_path / "run")
 
 

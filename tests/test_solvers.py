@@ -35,7 +35,7 @@ def _uniform(num_steps: int) -> tuple[float, ...]:
     return tuple(1 - i / num_steps for i in range(num_steps)) + (0.0,)
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("ab2", 2)])
 def test_order_of_a_rollout(solver, order):
     z = _noise()
     errors = {}
@@ -45,7 +45,7 @@ def test_order_of_a_rollout(solver, order):
     assert _slope(errors) == pytest.approx(order, abs=0.15)
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("ab2", 2)])
 def test_order_of_integrate_with_a_time_per_sample(solver, order):
     z = _noise(3)
     t_from, t_to = torch.tensor([1.0, 0.9, 0.5]).double(), torch.tensor([0.75, 0.1, 0.2]).double()
@@ -58,14 +58,14 @@ def test_order_of_integrate_with_a_time_per_sample(solver, order):
     assert _slope(errors) == pytest.approx(order, abs=0.15)
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "ab2"])
 def test_one_step_is_exact_on_a_straight_path(solver):
     x0, eps = _noise(4), _noise(4).flip(0)
     x = solvers.rollout(lambda x, t, c: eps - x0, eps, (1.0, 0.0), None, solver).x[-1]
     torch.testing.assert_close(x, x0, rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "ab2"])
 def test_trajectory_records_what_happened(solver):
     grid = (1.0, 0.9, 0.75, 0.5, 0.0)
     tr = solvers.rollout(GAUSSIAN.velocity, _noise(), grid, None, solver)
@@ -96,6 +96,23 @@ def test_calls_are_counted_and_heun_does_not_look_at_zero():
     assert min(seen) > 0
 
 
+def test_adams_bashforth_extrapolates_to_the_middle_of_the_step():
+    """A velocity that is linear in time is met at the middle of every step but the first and the last."""
+    grid = (1.0, 0.9, 0.6, 0.5, 0.0)
+    v = solvers.rollout(lambda x, t, c: t[:, None].expand_as(x), _noise(), grid, None, "ab2").v[:, 0, 0]
+    torch.testing.assert_close(v, torch.tensor([1.0, 0.75, 0.55, 0.5], dtype=torch.float64))
+    assert solvers.rollout(lambda x, t, c: x, _noise(), grid, None, "ab2").nfe == 4
+
+
+def test_a_step_that_is_handed_on_remembers_the_trajectory():
+    z, grid = _noise(), (1.0, 0.75, 0.5, 0.25, 0.0)
+    whole, x, step = solvers.rollout(GAUSSIAN.velocity, z, grid, None, "ab2"), z, solvers.stepper("ab2")
+    for k, (t_from, t_to) in enumerate([(1.0, 0.5), (0.5, 0.0)]):
+        times = (torch.full((5,), t, dtype=torch.float64) for t in (t_from, t_to))
+        x = solvers.integrate(GAUSSIAN.velocity, x, *times, None, 2, step)
+        torch.testing.assert_close(x, whole.x[2 * k + 2])
+
+
 def test_heun_in_a_mixed_batch_treats_each_sample_as_if_alone():
     x, t = _noise(2), torch.tensor([0.5, 0.5], dtype=torch.float64)
     t_next = torch.tensor([0.0, 0.25], dtype=torch.float64)
@@ -118,7 +135,7 @@ def test_low_precision_states_are_integrated_in_float32():
 
 def test_bad_requests_are_refused():
     one = torch.ones(5, dtype=torch.float64)
-    with pytest.raises(ValueError, match="euler, heun"):
+    with pytest.raises(ValueError, match="euler, heun, ab2"):
         solvers.rollout(GAUSSIAN.velocity, _noise(), (1.0, 0.0), None, "rk4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="substeps"):
         solvers.integrate(GAUSSIAN.velocity, _noise(), one, 0 * one, None, 0)

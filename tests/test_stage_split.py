@@ -109,10 +109,12 @@ def test_candidates_are_named_by_their_ratio(branches) -> None:
 
 
 def test_the_choice_is_the_best_ratio_and_of_equals_the_most_balanced() -> None:
-    config = merge.Config(ratios=(0.0, 0.3, 0.5, 1.0))
+    config = merge.Config(ratios=(0.0, 0.3, 0.5, 1.0), before_is_eligible=False)
     scores = {"a_0": 0.5, "a_0.3": 0.6, "a_0.5": 0.6, "a_1": 0.1, "sum": 0.9, "branches": 1.0, "before": 1.0}
     assert merge.choose(config, scores) == "a_0.5"
     assert merge.choose(replace(config, sum_is_eligible=True), scores) == "sum"
+    config = replace(config, before_is_eligible=True)
+    assert merge.choose(config, scores) == "before" and merge.choose(config, scores | {"before": 0.6}) == "a_0.5"
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ class World:
             latent_shape=(16, 8, 8),
             count=32,
             substeps=2,
+            solver="ab2",
             seed=1,
         )
         self.stored = trajectories.read(folder, 32, GRID)

@@ -20,7 +20,7 @@ MATHEMATICS = {"flow", "grids", "guidance", "solvers", "conditioning", "noise"}
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in MATHEMATICS},
     "objectives": set(),
-    "models": set(),
+    "models": {"engine"},
     "engine": set(),
     "worlds": {"engine"},
     "data": {"engine", "objectives", "worlds"},

@@ -33,7 +33,7 @@ def teacher(x: torch.Tensor, t: torch.Tensor, cond: TextCond) -> torch.Tensor:
 
 def make(folder: Path, count: int, teacher=teacher, seed: int = 3) -> None:
     write(
-        folder, teacher, encode, str, grid=GRID, latent_shape=SHAPE, count=count, substeps=2, seed=seed
+        folder, teacher, encode, str, grid=GRID, latent_shape=SHAPE, count=count, substeps=2, solver="euler", seed=seed
     )
 
 

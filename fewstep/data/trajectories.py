@@ -22,6 +22,7 @@ from fewstep.engine import ranks
 from fewstep.engine.log import Progress
 from fewstep.flow import Velocity, expand_t
 from fewstep.objectives import trajectory
+from fewstep.solvers import Solver, stepper
 
 PromptAt = Callable[[int], str]
 Encode = Callable[[Sequence[str]], TextCond]
@@ -85,6 +86,7 @@ def write(
     latent_shape: tuple[int, int, int],
     count: int,
     substeps: int,
+    solver: Solver,
     seed: int,
     title: str = "teacher trajectories",
 ) -> None:
@@ -99,6 +101,7 @@ def write(
         latent_shape: (16, H, W).
         count: trajectories.
         substeps: teacher steps in each student step.
+        solver: of the teacher.
         seed: of the initial noise.
         title: on the progress line.
 
@@ -114,10 +117,10 @@ def write(
             progress = progress or Progress(title, count, first)
             prompts = [prompt_at(k) for k in rows]
             cond, x = encode(prompts), noise.normal(latent_shape, seed=seed, index=rows, step=INITIAL)
-            states = [x]
+            states, step = [x], stepper(solver)
             for t_cur, t_next in zip(grid[:-1], grid[1:], strict=True):
                 t0, t1 = torch.full((len(rows),), t_cur), torch.full((len(rows),), t_next)
-                mean_velocity = trajectory.target(teacher, x, t0, t1, cond, substeps)
+                mean_velocity = trajectory.target(teacher, x, t0, t1, cond, substeps, step)
                 x = x + (t_next - t_cur) * mean_velocity
                 states.append(x)
             partial = path.with_suffix(".partial")

@@ -1,7 +1,8 @@
-"""Checkpoints: any nesting of dicts, lists, tensors and numbers, as one safetensors file and one JSON file.
+"""Checkpoints: any nesting of dicts, lists, tensors and numbers, as safetensors and one JSON file.
 
 A checkpoint is a folder `checkpoint-<images>` that appears by a rename once it is whole; a process killed while
-writing leaves only a `.partial` folder, which nothing reads.
+writing leaves only a `.partial` folder, which nothing reads. What is divided among processes is written by all of them, each
+its own share (PyTorch's distributed checkpoint, in safetensors), and read by any number of them.
 """
 
 from __future__ import annotations
@@ -9,13 +10,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+
+from fewstep.engine import ranks
+
+WHOLE = "state.safetensors"  # where nothing is divided
 
 
 class Stateful(Protocol):
@@ -79,26 +87,62 @@ def whole_folder(target: Path) -> Iterator[Path]:
 def save(folder: Path, parts: Mapping[str, Stateful], images_seen: int, keep: int = 1) -> Path:
     """Write `folder/checkpoint-<images_seen>` and delete all but the newest `keep` checkpoints.
 
+    Of several processes, which all call this, the first one writes; what is divided among them is written by all.
+
     Raises:
         OSError: when the disk is full or the folder cannot be written; older checkpoints are then untouched.
     """
     tensors: dict[str, Tensor] = {}
     tree = {name: pack(part.state_dict(), tensors, name) for name, part in parts.items()}
-    # Tied or shared storages are cloned: safetensors refuses aliases, and equal values restore equally.
-    seen: set[int] = set()
-    for key, tensor in tensors.items():
-        if tensor.numel() and tensor.untyped_storage().data_ptr() in seen:
-            tensors[key] = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
+    divided = [name for name, tensor in tensors.items() if isinstance(tensor, DTensor)]
     target = folder / f"checkpoint-{images_seen}"
+    if not ranks.first():
+        if divided:
+            _write_shares(target.with_name(target.name + ".partial"), tensors)
+        return target
     with whole_folder(target) as partial:
-        save_file(tensors, partial / "state.safetensors")
-        (partial / "state.json").write_text(json.dumps({"images_seen": images_seen, "parts": tree}))
+        if divided:
+            _write_shares(partial, tensors)
+        else:
+            save_file(_apart(tensors), partial / WHOLE)
+        record = {"images_seen": images_seen, "divided": divided, "parts": tree}
+        (partial / "state.json").write_text(json.dumps(record))
     kept = found(folder)[-keep:]
     for old in folder.glob("checkpoint-*"):  # also what a killed process left half-written or half-deleted
         if old not in kept:
             shutil.rmtree(old)
     return target
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tied or shared storages are cloned: safetensors refuses aliases, and equal values restore equally."""
+    seen: set[int] = set()
+    apart = {}
+    for key, tensor in tensors.items():
+        shared = tensor.numel() and tensor.untyped_storage().data_ptr() in seen
+        apart[key] = tensor.clone() if shared else tensor
+        seen.add(tensor.untyped_storage().data_ptr())
+    return apart
+
+
+def _write_shares(partial: Path, tensors: Mapping[str, Tensor]) -> None:
+    ranks.wait()  # until the first process has made the folder
+    try:
+        dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True))
+    except CheckpointException as error:
+        reasons = "; ".join(f"process {number}: {reason}" for number, (reason, _) in error.failures.items())
+        raise OSError(f"{partial} could not be written: {reasons}") from error
+
+
+def _read(folder: Path, divided: Collection[str]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint; of those in `divided` each of several processes reads its share."""
+    if (folder / WHOLE).is_file():
+        return load_file(folder / WHOLE)
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    known = reader.read_metadata().state_dict_metadata.items()
+    tensors = {name: ranks.empty(t.size, t.properties.dtype, name in divided) for name, t in known}
+    dcp.load(tensors, storage_reader=reader, no_dist=ranks.count() < 2)
+    return tensors
 
 
 def found(folder: Path) -> list[Path]:
@@ -122,7 +166,7 @@ def restore(folder: Path, parts: Mapping[str, Stateful]) -> int:
             f"{whole[-1]} holds {sorted(record['parts'])}, this stage needs {sorted(parts)}: "
             "it was written by another stage or version; choose another --out"
         )
-    tensors = load_file(whole[-1] / "state.safetensors")
+    tensors = _read(whole[-1], set(record["divided"]))
     for name, part in parts.items():
         part.load_state_dict(unpack(record["parts"][name], tensors))
     return int(record["images_seen"])

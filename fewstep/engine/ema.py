@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.engine import ranks
+
 
 class EMA:
     """Average of the parameters of `modules` in float32 (buffers are constants of the configuration, not averaged).
@@ -53,4 +55,4 @@ class EMA:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore averages written by `state_dict`."""
         for name, value in state.items():
-            self.average[name].copy_(value)
+            ranks.put(self.average[name], value)

@@ -79,18 +79,13 @@ def train(
         progress.show(seen, note)
         ended = look is not None and look(seen)
         # A stage that a look ended is not saved: resumed, it ends again by the same look.
-        if time.monotonic() - saved > max(checkpoint_every_s, 20 * took) and seen < total_images and not ended:
+        due = time.monotonic() - saved > max(checkpoint_every_s, 20 * took) and seen < total_images and not ended
+        if ranks.agreed(due):
             began = time.monotonic()
-            _save(work, parts, seen)
+            checkpoint.save(work, parts, seen)
             saved, saved_at = time.monotonic(), seen
             took = saved - began if checkpoint_every_s > 0 else 0.0
     if seen >= total_images and saved_at < seen:  # whoever is killed before the artefact is whole need not train again
-        _save(work, parts, seen)
+        checkpoint.save(work, parts, seen)
     progress.close(note)
     return seen
-
-
-def _save(work: Path, parts: Mapping[str, checkpoint.Stateful], seen: int) -> None:
-    """Of several processes, which all hold the same, the first one writes."""
-    if ranks.first():
-        checkpoint.save(work, parts, seen)

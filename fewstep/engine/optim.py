@@ -67,7 +67,7 @@ class Optimizer:
             group["lr"] = lr_at(self.config, images_seen, total_images)
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        return norm
+        return ranks.whole(norm)
 
     def forget(self, parameters: Iterable[nn.Parameter]) -> None:
         """Drop the state of parameters that were re-initialised; the next step starts theirs anew."""
@@ -84,4 +84,5 @@ class Optimizer:
         for parameter, moments in self.adamw.state.items():  # fused AdamW pairs elements by memory: same layout, or nonsense
             for name, value in moments.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                    moments[name] = torch.empty_like(parameter, dtype=value.dtype)
+                    ranks.put(moments[name], value)

@@ -6,13 +6,16 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, Literal
 
 import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from fewstep.models import adapters
+from fewstep.engine import ranks
+from fewstep.models import adapters, sd3
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Config:
             time, a fraction of the memory.
         frozen_dtype: of weights that are not trained.
         device: where networks compute: "auto" is the GPU if there is one; of several processes each has its own.
+        sharded: divide what is trained among the processes that torchrun started (FSDP2): weights, gradients, moments and
+            averages. The frozen teacher stays whole in each. A process alone divides nothing.
     """
 
     trained: Literal["full", "lora"] = "full"
@@ -34,10 +39,13 @@ class Config:
     checkpointing: bool = False
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
+    sharded: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"roles.rank must be at least 1, got {self.rank}")
+        if self.sharded and self.trained == "lora":
+            raise ValueError("roles.sharded divides what is trained, and adapters are small: set it to false with lora")
         try:
             torch.device("cpu" if self.device == "auto" else self.device)
         except RuntimeError:
@@ -74,7 +82,9 @@ def trainable(network: SD3Transformer2DModel, config: Config, seed: int) -> SD3T
         seed: of new adapters.
     """
     if config.trained == "full":
-        made = copy.deepcopy(network).float().to(config.place).requires_grad_(True)
+        divide = config.sharded and ranks.count() > 1
+        made = divided(network, config.place) if divide else copy.deepcopy(network).float().to(config.place)
+        made.requires_grad_(True)
     else:
         made = adapters.share(network)
         if adapters.has(made):
@@ -84,6 +94,55 @@ def trainable(network: SD3Transformer2DModel, config: Config, seed: int) -> SD3T
     if config.checkpointing:
         made.enable_gradient_checkpointing()
     return made.eval()
+
+
+@torch.no_grad()
+def divided(network: SD3Transformer2DModel, place: torch.device) -> SD3Transformer2DModel:
+    """A float32 copy whose weights lie divided among the processes (FSDP2), block by block; gradients are added up.
+
+    It is made without memory, and each process fills its own share alone.
+
+    Args:
+        network: whole, or divided in the same way.
+        place: this process's device.
+    """
+    made = _blank(network)
+    for part in (*made.transformer_blocks, made):
+        unit = fully_shard(part, mesh=ranks.mesh(), reshard_after_forward=True)  # weights are looked at between passes
+        unit.set_gradient_divide_factor(1.0)  # losses are divided by the whole batch already
+        unit.set_force_sum_reduction_for_comms(True)  # which gloo needs
+    made.tokens_after = MethodType(sd3.tokens_after, made)
+    register_fsdp_forward_method(made, "tokens_after")  # heads read the network by this way, not by its `forward`
+    made.to_empty(device=place)
+    source = dict(network.named_parameters()) | dict(network.named_buffers())
+    for name, tensor in (*made.named_parameters(), *made.named_buffers()):
+        ranks.put(tensor, source[name])
+    return made
+
+
+@torch.no_grad()
+def gathered(network: SD3Transformer2DModel) -> SD3Transformer2DModel:
+    """A divided network put together on the first process's CPU; all take part, and the others get one without numbers.
+
+    A network that is not divided is given back.
+    """
+    if not isinstance(network, FSDPModule):
+        return network
+    made = _blank(network).requires_grad_(False).eval()
+    state = {}
+    for name, tensor in network.state_dict().items():
+        together = ranks.whole(tensor)
+        if ranks.first():
+            state[name] = together.cpu()
+    if ranks.first():
+        made.load_state_dict(state, assign=True)
+    return made
+
+
+def _blank(network: SD3Transformer2DModel) -> SD3Transformer2DModel:
+    with torch.device("meta"):
+        made: SD3Transformer2DModel = SD3Transformer2DModel.from_config(network.config)
+    return made.float()
 
 
 class Trained:
@@ -110,7 +169,7 @@ class Trained:
         if own.keys() != state.keys():
             raise ValueError("the checkpoint holds other weights than are trained now; choose another --out")
         for name, weight in state.items():
-            own[name].copy_(weight)
+            ranks.put(own[name], weight)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from diffusers import ModelMixin, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -127,20 +129,31 @@ def features(
     count = len(transformer.transformer_blocks)
     if not blocks or not all(0 <= b < count for b in blocks):
         raise ValueError(f"blocks {list(blocks)}: the network has blocks 0 to {count - 1}, name at least one of them")
-    taken: dict[int, Tensor] = {}
-    device, again = transformer.device, torch.is_grad_enabled() and transformer.gradient_checkpointing
-    compute = autocast or narrow(transformer)
+    device, compute = transformer.device, autocast or narrow(transformer)
+    divided = isinstance(transformer, FSDPModule)  # puts its weights together where its own methods are called
+    read = transformer.tokens_after if divided else partial(tokens_after, transformer)
     with torch.autocast(device.type, compute) if compute else nullcontext():
-        image = transformer.pos_embed(x_t.to(device)).contiguous()
-        time_and_text = transformer.time_text_embed((t.float() * TRAIN_TIMESTEPS).to(device), cond.pooled.to(device))
-        text = transformer.context_embedder(cond.tokens.to(device))
-        for number, block in enumerate(transformer.transformer_blocks[: max(blocks) + 1]):
-            if again:
-                text, image = transformer._gradient_checkpointing_func(block, image, text, time_and_text)
-            else:
-                text, image = block(hidden_states=image, encoder_hidden_states=text, temb=time_and_text)
-            if number in blocks:
-                taken[number] = image.float()
+        times = (t.float() * TRAIN_TIMESTEPS).to(device)
+        found: tuple[Tensor, ...] = read(x_t.to(device), times, cond.pooled.to(device), cond.tokens.to(device), blocks)
+    return found
+
+
+def tokens_after(
+    transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, pooled: Tensor, tokens: Tensor, blocks: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """What `features` reads, on the network's device; `timestep` is 1000 t."""
+    taken: dict[int, Tensor] = {}
+    again = torch.is_grad_enabled() and transformer.gradient_checkpointing
+    image = transformer.pos_embed(x_t).contiguous()
+    time_and_text = transformer.time_text_embed(timestep, pooled)
+    text = transformer.context_embedder(tokens)
+    for number, block in enumerate(transformer.transformer_blocks[: max(blocks) + 1]):
+        if again:
+            text, image = transformer._gradient_checkpointing_func(block, image, text, time_and_text)
+        else:
+            text, image = block(hidden_states=image, encoder_hidden_states=text, temb=time_and_text)
+        if number in blocks:
+            taken[number] = image.float()
     return tuple(taken[b] for b in blocks)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.flow import Velocity, expand_t, wide
-from fewstep.solvers import Solver, integrate
+from fewstep.solvers import Solver, Step, integrate
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def target(
     t_next: Tensor,
     cond: Any,
     substeps: int = 4,
-    solver: Solver = "euler",
+    solver: Solver | Step = "euler",
 ) -> Tensor:
     """The teacher's average velocity from t_cur to t_next, without gradient. SD3.5-Flash, stage 1.
 
@@ -36,7 +36,7 @@ def target(
         t_next: (B,), below t_cur.
         cond: handed to the teacher unchanged.
         substeps: teacher steps in the segment, uniform in time.
-        solver: "euler" or "heun".
+        solver: as in `solvers.integrate`.
 
     Returns:
         (B, ...), float32 or wider.

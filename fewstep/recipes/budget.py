@@ -16,6 +16,7 @@ from fewstep.engine.precision import fast_dtype
 from fewstep.models import roles, sd3
 from fewstep.recipes import distil
 from fewstep.recipes.pipeline import Distillation
+from fewstep.stages import trajectory
 
 SHARES = {"trajectories": 0.13, "trajectory": 0.20, "distribution": 0.38, "split": 0.07, "merge": 0.04, "evaluate": 0.18}
 WATCHED = 0.06  # at most this share looks at the student's health
@@ -78,7 +79,7 @@ def seconds(pipeline: Distillation, speed: Speed) -> dict[str, float]:
     students = 2 if distil.idle(pipeline) else 3
     evaluations = 2 * pipeline.teacher_steps + 2 * steps + steps + 2 * max(1, steps // 2) + students * steps
     return {
-        "trajectories": t.trajectories * 2 * steps * t.teacher_substeps / speed.forward,
+        "trajectories": t.trajectories * trajectory.evaluations(t, steps) / speed.forward,
         "trajectory": t.images / speed.train,
         "distribution": d.images * refine,
         "split": pipeline.split.images * refine if tried else 0.0,
@@ -95,7 +96,7 @@ def _watching(pipeline: Distillation, refinements: int) -> float:
         return 0.0
     # rollout and trajectory error, guided teacher at inner points, proxy and teacher at four times; the strip is little
     look = 2.0 * steps + 2.0 * (steps - 1) + 8.0
-    made = 2.0 * steps * pipeline.trajectory.teacher_substeps
+    made = trajectory.evaluations(pipeline.trajectory, steps)
     return h.prompts * h.seeds * (made + refinements * (h.looks + 1) * look)
 
 

@@ -14,6 +14,7 @@ from fewstep.engine.log import clock
 from fewstep.recipes import RECIPES, budget, distil, execute, memory, teacher
 from fewstep.recipes.layout import FOLDER, RESOLVED
 from fewstep.recipes.pipeline import Distillation, Pipeline, build
+from fewstep.stages import trajectory
 from fewstep.worlds.shapes import STUDENT_4, TEACHER
 
 SHOWN = ("autoencoder_ceiling", "teacher_32_guided")
@@ -77,7 +78,7 @@ def print_plan(pipeline: Pipeline, timed: bool = False, gpus: str | None = None)
         print(f"autoencoder   {images:>10,} images\nteacher       {pipeline.teacher.images:>10,} images")
         return
     t, d, e, steps = pipeline.trajectory, pipeline.distribution, pipeline.evaluate, len(pipeline.grid) - 1
-    print(f"trajectory    {t.trajectories:>10,} teacher trajectories of {2 * steps * t.teacher_substeps} evaluations")
+    print(f"trajectory    {t.trajectories:>10,} teacher trajectories of {trajectory.evaluations(t, steps)} evaluations")
     print(f"              {t.images:>10,} student steps in {t.images // t.batch:,} updates")
     updates = f"{d.images // d.batch:,} updates, {d.proxy_updates} of the proxy each"
     print(f"distribution  {d.images:>10,} student samples in {updates}")

@@ -12,7 +12,7 @@ from fewstep.engine import artifact, ranks
 from fewstep.engine.checkpoint import whole_folder
 from fewstep.engine.precision import fast_dtype
 from fewstep.flow import Velocity
-from fewstep.models import adapters, sd3
+from fewstep.models import adapters, roles, sd3
 from fewstep.recipes import assess, material, students
 from fewstep.recipes.layout import FOLDER, METRICS, PROXY, timed
 from fewstep.recipes.pipeline import Distillation
@@ -104,9 +104,10 @@ def _trajectory(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
         trained = trajectory.run(config, start, stored, teacher.encode, work, out / METRICS, pipeline.roles)
     images = _whole(config.images, config.batch)
     made = students.record("student_trajectory", pipeline, teacher, config, *parents, images=images)
+    whole = roles.gathered(trained)
     with ranks.first_alone() as mine:
         if mine:
-            students.write(out / FOLDER["trajectory"], made, teacher, trained)
+            students.write(out / FOLDER["trajectory"], made, teacher, whole)
 
 
 def _distribution(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
@@ -117,11 +118,12 @@ def _distribution(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
         start = students.read(pipeline.roles, teacher, first)
         state = refinement.run(config, start, learned_from, out / "work" / "distribution", out / METRICS)
     made = students.record("student_distribution", pipeline, teacher, config, parent, images=state.images)
+    proxy, student = roles.gathered(state.proxy), roles.gathered(state.students["student"])
     with ranks.first_alone() as mine:
         if mine:
             with whole_folder(out / PROXY) as partial:
-                students.write_proxy(partial, state.proxy)
-            students.write(out / FOLDER["distribution"], made, teacher, state.students["student"])
+                students.write_proxy(partial, proxy)
+            students.write(out / FOLDER["distribution"], made, teacher, student)
 
 
 def idle(pipeline: Distillation) -> str:
@@ -144,8 +146,9 @@ def _split(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
         start = students.read(pipeline.roles, teacher, before)
         state = split.run(config, pipeline.distribution, start, learned_from, out / "work" / "split", out / METRICS)
     kinds: dict[str, artifact.Kind] = {split.LOW: "student_low", split.HIGH: "student_high"}
+    branches = {name: roles.gathered(network) for name, network in state.students.items()}
     with ranks.first_alone() as mine:
-        for name, network in state.students.items() if mine else ():
+        for name, network in branches.items() if mine else ():
             record = students.record(kinds[name], pipeline, teacher, config, parent, images=state.images)
             students.write(out / FOLDER["split"] / name, record, teacher, network)
 
@@ -170,16 +173,18 @@ def _merge(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
     what, asked = "strict", f"{config.per_task} selection prompts a task"
     if pipeline.evaluate.benchmark == "pictures":
         what, asked = "nearness", f"{pipeline.evaluate.pictures} held-out prompts"
+    kept = chosen == merge.BEFORE
+    how = "kept as it was before the split" if kept else f"merged with {chosen}"
     record = students.record(
         "student",
         pipeline,
         teacher,
         config,
-        *parents,
+        *([parent] if kept else parents),
         metrics={f"select_{what}_{name}": value for name, value in scores.items()},
-        note=f"merged with {chosen}, chosen on {asked} x {config.seeds} seeds",
+        note=f"{how}, chosen on {asked} x {config.seeds} seeds",
     )
-    print(f"merge: {chosen} is best on selection prompts ({what} {scores[chosen]:.3f}; before it {scores['before']:.3f})")
+    print(f"merge: {chosen} is best on selection prompts ({what} {scores[chosen]:.3f}; before it {scores[merge.BEFORE]:.3f})")
     students.write(out / FOLDER["merge"], record, teacher, _mixed(chosen, teacher, start, branches))
 
 
@@ -187,8 +192,10 @@ def _mixed(
     name: str, teacher: Teacher, start: SD3Transformer2DModel, branches: dict[str, SD3Transformer2DModel]
 ) -> SD3Transformer2DModel:
     """A mixture of the branches: of adapters it is one adapter on the teacher again, exactly."""
-    parts = start, branches[split.LOW], branches[split.HIGH]
-    if not adapters.has(start):
+    whole, parts = not adapters.has(start), (start, branches[split.LOW], branches[split.HIGH])
+    if name == merge.BEFORE:
+        return start.cpu() if whole else start
+    if whole:
         return merge.candidate(name, *(part.cpu() for part in parts))
     weights = adapters.combine([adapters.state(part) for part in parts], merge.shares(name))
     return adapters.attach(teacher.pipe.transformer, weights)
@@ -207,7 +214,7 @@ def _candidates(
         yield name, velocity(_mixed(name, teacher, start, branches).to(place))
     on_device = {name: branch.to(place) for name, branch in branches.items()}
     yield merge.BRANCHES, distribution.branched(on_device, split.branch_at(pipeline.split.boundary))
-    yield "before", velocity(start.to(place))
+    yield merge.BEFORE, velocity(start.to(place))
 
 
 def _whole(images: int, batch: int) -> int:

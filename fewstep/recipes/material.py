@@ -89,6 +89,7 @@ def stored(pipeline: Distillation, out: Path, teacher: Teacher) -> trajectories.
         latent_shape=teacher.latent,
         count=config.trajectories,
         substeps=config.teacher_substeps,
+        solver=config.teacher_solver,
         seed=config.seed,
     )
     return trajectories.read(out / "trajectories", config.trajectories, pipeline.grid)
@@ -132,6 +133,7 @@ def held_out(pipeline: Distillation, out: Path, teacher: Teacher) -> watch.HeldO
         latent_shape=teacher.latent,
         count=count,
         substeps=pipeline.trajectory.teacher_substeps,
+        solver=pipeline.trajectory.teacher_solver,
         seed=pipeline.trajectory.seed + HELD_OUT_SEED,
         title="held-out trajectories",
     )

@@ -13,7 +13,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
-SUM, BRANCHES = "sum", "branches"
+SUM, BRANCHES, BEFORE = "sum", "branches", "before"
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Config:
     Attributes:
         ratios: shares of the low branch that are tried; theta = a low + (1 - a) high. 0 and 1 are the branches alone.
         sum_is_eligible: the sum of both branches' changes may be chosen too, not only measured (ours).
+        before_is_eligible: the student before the split is kept if every mixture scores less (ours).
         per_task: selection prompts of each task.
         seeds: images of each prompt.
         noise_seed: of their noise; not the one of the report.
@@ -30,6 +31,7 @@ class Config:
 
     ratios: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7, 1.0)
     sum_is_eligible: bool = False
+    before_is_eligible: bool = True
     per_task: int = 20
     seeds: int = 2
     noise_seed: int = 5555
@@ -84,6 +86,8 @@ def shares(chosen: str) -> tuple[float, float, float]:
     """What a candidate is made of: its shares of the student before the split, the low branch and the high one."""
     if chosen == SUM:
         return -1.0, 1.0, 1.0
+    if chosen == BEFORE:
+        return 1.0, 0.0, 0.0
     ratio = float(chosen.removeprefix("a_"))
     return 0.0, ratio, 1 - ratio
 
@@ -98,6 +102,8 @@ def choose(config: Config, scores: Mapping[str, float]) -> str:
     eligible = {f"a_{ratio:g}": -abs(ratio - 0.5) for ratio in config.ratios}
     if config.sum_is_eligible:
         eligible[SUM] = -1.0
+    if config.before_is_eligible:
+        eligible[BEFORE] = -2.0
     return max(eligible, key=lambda name: (scores[name], eligible[name]))
 
 

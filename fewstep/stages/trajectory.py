@@ -19,6 +19,7 @@ from fewstep.engine.optim import Optim, Optimizer
 from fewstep.engine.precision import fast_dtype
 from fewstep.models import roles, sd3
 from fewstep.objectives import trajectory
+from fewstep.solvers import CALLS, Solver
 
 PICK, STEP = 1, 2  # streams of addressed noise
 
@@ -33,6 +34,7 @@ class Config:
         micro_batch: how many of them are in memory at once, their gradients added up; 0 is all.
         trajectories: teacher trajectories made beforehand.
         teacher_substeps: teacher steps inside one student step.
+        teacher_solver: how it takes them: "euler", "heun" (second order, two calls a step) or "ab2" (second order, one call).
         ema_half_life_images: of the student's average, which is what the stage hands on.
         seed: of noise, prompts and order.
         optim: optimiser.
@@ -43,9 +45,15 @@ class Config:
     micro_batch: int = 0
     trajectories: int = 4_000
     teacher_substeps: int = 4
+    teacher_solver: Solver = "ab2"
     ema_half_life_images: float = 2_000.0
     seed: int = 1
     optim: Optim = field(default_factory=lambda: Optim(lr=6e-4, betas=(0.9, 0.99), warmup_images=640, final_lr_ratio=0.05))
+
+
+def evaluations(config: Config, steps: int) -> int:
+    """Network evaluations in a teacher trajectory over a grid of `steps` steps; guidance takes two a call."""
+    return 2 * steps * config.teacher_substeps * CALLS[config.teacher_solver]
 
 
 def update(

@@ -171,13 +171,18 @@ def proxy_lag(proxy: Velocity, teacher: Velocity, x0: Tensor, cond: TextCond, se
 
 @torch.no_grad()
 def strip(held_out: HeldOut, x0: Tensor, proxy: Velocity | None, path: Path) -> None:
-    """Draw the student's samples, the teacher's and the proxy's (if any) from the same latents, one row each, as a PNG."""
+    """Draw the student's samples, the teacher's and the proxy's (if any) from the same latents, one row each, as a PNG.
+
+    Of several processes all ask the proxy, whose weights may be divided among them, and the first one draws.
+    """
     truth, cond = held_out.stored.x, held_out.cond
     rows = torch.arange(0, len(truth), held_out.seeds)[:SHOWN]
     samples = [x0[rows], truth[rows, -1]]
     if proxy is not None:
         samples.append(rollout(proxy, truth[rows, 0], shifted_grid(PROXY_STEPS), cond[rows]).x[-1])
     edge = ((0, 0), (0, EDGE), (0, EDGE), (0, 0))
+    if not ranks.first():
+        return
     images = [np.pad(held_out.decode(x), edge, constant_values=255) for x in samples]
     picture = np.concatenate([np.concatenate(list(row), axis=1) for row in images], axis=0)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -240,8 +245,7 @@ class Watcher:
         flat = {f"{b}/{name}": value for b, average in averages.items() for name, value in average.average.items()}
         flat |= {f"{PROXY}/{name}": value for name, value in roles.Trained(proxy).state_dict().items()}
         self.record.close_look({"images": seen, **figures}, flat)
-        if ranks.first():
-            strip(self.held_out, x0, knows, self.held_out.pictures / f"{self.stage}-{seen:07d}.png")
+        strip(self.held_out, x0, knows, self.held_out.pictures / f"{self.stage}-{seen:07d}.png")
         self.rolled_back = self._act(seen, averages, proxy)
         if self.rolled_back:
             figures["rolled_back_to"] = self.nearest()["images"]
