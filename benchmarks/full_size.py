@@ -126,7 +126,7 @@ def training(pipeline: Distillation, config: dict[str, Any], device: str) -> dic
     frozen = network(config, getattr(torch, pipeline.roles.frozen_dtype), device)
     size, grid = pipeline.resolution // 8 or config["sample_size"], pipeline.grid
     x = torch.randn(STORED, len(grid), 16, size, size, generator=torch.Generator().manual_seed(2))
-    stored, cond = Trajectories((x,), [str(k) for k in range(STORED)], grid), conditions(config, STORED)
+    stored, cond = Trajectories(tuple(x), [str(k) for k in range(STORED)], grid), conditions(config, STORED)
     forward = forward_tflop(frozen, x[:1, 0], cond[:1], device)
     out: dict[str, Any] = {"recipe": pipeline.name, "pixels": 8 * size, "forward_tflop": forward, "settings": to_dict(pipeline)}
     out["trajectory"] = first_stage(pipeline, frozen, stored, cond, forward)

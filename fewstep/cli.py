@@ -77,10 +77,11 @@ def run(
     """
     from fewstep.recipes import demo as demonstration
     from fewstep.recipes import execute
+    from fewstep.recipes import plan as planning
 
     pipeline = demonstration.resolve(recipe, list(set), config)
     if dry_run:
-        demonstration.print_plan(pipeline)
+        planning.show(pipeline)
         return
     _prepare()
     report = execute.run(pipeline, out or Path("runs") / recipe, stage)
@@ -93,26 +94,34 @@ def plan(
     recipe: tyro.conf.Positional[str],
     /,
     gpus: str | None = None,
+    calibration: Path | None = None,
+    calibrate: Path | None = None,
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE"), tyro.conf.UseAppendAction] = (),
     config: Path | None = None,
 ) -> None:
-    """Say what a recipe takes before anything is trained: minutes on this machine, or with --gpus memory on a GPU.
+    """Say what a recipe takes before anything is trained: time on this machine or another one, and memory on GPUs.
 
     With --gpus no model is loaded: weights are counted, and what a network keeps for the way back is recorded from a pass
-    without numbers. Where a recipe does not fit, the settings that make it fit are named.
+    without numbers. Where a recipe does not fit, the settings that make it fit are named. Time is told by rates that
+    --calibrate has measured on the machine that will train.
 
     Example: fewstep plan sd35_medium_4step_frugal --gpus 1x24
 
     Args:
         recipe: name of a recipe.
         gpus: number and memory in GiB, such as 1x24.
+        calibration: a file that --calibrate wrote: time is told by it, and divided among --gpus.
+        calibrate: measure this machine with the recipe's networks, and keep the rates in this file.
         set: change one setting, section.key=value; may be given several times.
         config: YAML file of settings.
     """
     from fewstep.recipes import demo as demonstration
+    from fewstep.recipes import plan as planning
 
     _prepare()
-    demonstration.print_plan(demonstration.resolve(recipe, list(set), config), gpus is None, gpus)
+    pipeline = demonstration.resolve(recipe, list(set), config)
+    planning.show(pipeline)
+    planning.costs(pipeline, gpus, calibration, calibrate)
 
 
 @app.command

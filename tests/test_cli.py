@@ -267,5 +267,33 @@ def test_budgets_fill_the_minutes_and_grow_with_them(teacher_folder: Path) -> No
         assert 0.5 * 60 * minutes < spent[minutes] < 60 * minutes
         assert fitted.trajectory.images % fitted.trajectory.batch == 0
         assert to_dict(fitted)["grid"] == to_dict(pipeline)["grid"]
-    measured = budget.measure(tiny_pipe(), 12, seconds=0.01)
-    assert min(measured.forward, measured.train, measured.decode) > 0
+
+
+def test_rates_are_kept_and_tell_the_time_of_other_plans(call: Call, teacher_folder: Path, tmp_path: Path) -> None:
+    recipe, file = tiny_recipe(teacher_folder, 4), tmp_path / "rates" / "here.json"
+    measured = budget.measure(tiny_pipe(), recipe, 12, seconds=0.01)
+    assert min(measured.forward, measured.train, measured.decode) > 0 and "CPU" in measured.where
+    budget.write(file, measured)
+    assert budget.read(file) == measured
+    settings = [f"teacher={teacher_folder}", "distribution.adversary.heads=2", "resolution=64", "prompts=shapes"]
+    words = ["plan", "sd35_medium_4step_frugal", *(word for s in settings for word in ("--set", s))]
+    budget.write(file, budget.Speed(1.0, 0.5, 1.0, "a GPU"))
+    hours = {}
+    for count in (1, 2):
+        code, out, _ = call(*words, "--gpus", f"{count}x24", "--calibration", str(file))
+        told = dict(line.split() for line in out.partition("estimated on ")[2].splitlines()[1:9] if "in all" not in line)
+        assert code == 0 and ("estimated on 2 x a GPU" if count == 2 else "estimated on a GPU") in out
+        hours[count] = {part: sum(60**k * int(n) for k, n in enumerate(reversed(t.split(":")))) for part, t in told.items()}
+    assert hours[1]["trajectory"] == 24_000 / 0.5 == 2 * hours[2]["trajectory"]  # images over images a second
+    assert hours[1]["merge"] == hours[2]["merge"]  # which one process does
+    file.write_text('{"forward": 0, "train": 1, "decode": 1}')
+    for wrong, message in ((file, "a rate is not positive"), (tmp_path / "no.json", "does not exist")):
+        line = refused(call, *words, "--calibration", str(wrong))
+        assert message in line and "--calibrate" in line
+
+
+def test_a_plan_measures_this_machine_when_told_to(call: Call, teacher_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "here.json"
+    code, out, _ = call("plan", "shapes_4step", *tiny(teacher_folder), "--calibrate", str(file))
+    assert code == 0 and f"are kept in {file}" in out and "estimated on a CPU" in out
+    assert budget.read(file).where.startswith("a CPU")

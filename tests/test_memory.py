@@ -78,6 +78,27 @@ def test_what_does_not_fit_is_made_to_fit_by_what_is_advised(teacher_folder: Pat
     assert memory.remedy(pipeline, memory.CONTEXT) == []
 
 
+def test_networks_that_are_divided_take_their_share(teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.architectures, "AUTOENCODER_WEIGHTS", 0)
+    pipeline = tiny_recipe(teacher_folder, 4, roles=roles.Config(sharded=True))
+    whole, parts = memory.phases(pipeline)[1].parts, memory.phases(pipeline, count=4)[1].parts
+    network = memory.network(pipeline, 4)
+    assert whole["student"] == 4 * (network.weights + network.constants)
+    assert parts["student"] == network.weights + 4 * network.constants  # a buffer is not divided
+    assert parts["proxy's moments"] == whole["proxy's moments"] / 4 and parts["teacher"] == whole["teacher"]
+    assert parts["blocks put together"] > 0 and "blocks put together" not in whole
+    plain = replace(pipeline, roles=roles.Config())
+    capacity = max(phase.total for phase in memory.phases(plain, count=4)) - 1
+    assert memory.remedy(plain, capacity, 4) == ["roles.sharded=true"]
+    assert "roles.sharded=true" not in memory.remedy(plain, capacity)
+
+
+def test_another_teacher_is_counted_where_it_works(teacher_folder: Path) -> None:
+    pipeline = tiny_recipe(teacher_folder, 4)
+    names = [phase.name for phase in memory.phases(replace(pipeline, data_teacher=str(teacher_folder)))]
+    assert "data teacher" in names and len(names) == len(memory.phases(pipeline)) + 1
+
+
 def test_the_command_says_what_fits(call: Call, teacher_folder: Path) -> None:
     words = ["plan", "shapes_4step", "--set", f"teacher={teacher_folder}", "--set", "distribution.adversary.heads=2", "--gpus"]
     code, out, _ = call(*words, "1x24")
@@ -93,4 +114,4 @@ def test_the_command_says_what_fits(call: Call, teacher_folder: Path) -> None:
     code, _, err = call("plan", "shapes_teacher", "--gpus", "1x24")
     assert code == 2 and "the recipe of a distillation" in err
     code, out, _ = call("plan", "sd35_medium_4step_frugal")
-    assert code == 0 and "fewstep plan --gpus" in out
+    assert code == 0 and "--calibration FILE" in out and "--gpus 1x24" in out

@@ -92,10 +92,14 @@ def test_text_encoders_open_only_for_what_is_new(run: tuple[Path, Distillation],
     assert opened == [1] and torch.equal(again.tokens, first.tokens[[2, 0]]) and torch.equal(again.pooled, first.pooled[[2, 3]])
     encode(["a", "d"])
     assert opened == [1, 1]
-    damaged = embeddings.path_of(tmp_path / "c", "a")
-    damaged.write_bytes(damaged.read_bytes()[:50])
+    other = embeddings.OnDisk(encoders, tmp_path / "c", batch=2)
+    assert torch.equal(other(["d", "b"]).tokens, encode(["d", "b"]).tokens) and opened == [1, 1]
+    damaged = next((tmp_path / "c").glob("*-003.tar"))
+    damaged.write_bytes(damaged.read_bytes()[:2000])
     with pytest.raises(ValueError, match="is damaged .*delete it"):
-        encode(["a"])
+        embeddings.OnDisk(encoders, tmp_path / "c", batch=2)(["a"])
+    damaged.unlink()
+    assert torch.equal(embeddings.OnDisk(encoders, tmp_path / "c", batch=2)(["a"]).tokens, first.tokens[:1])
 
 
 def test_a_run_opens_its_text_encoders_once(

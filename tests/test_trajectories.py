@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from fewstep.conditioning import TextCond
-from fewstep.data import prompts, trajectories
+from fewstep.data import prompts, shards, trajectories
 from fewstep.data.trajectories import Trajectories, read, write
 from fewstep.objectives import trajectory
 from fewstep.worlds.shapes.grammar import parse
@@ -42,9 +41,9 @@ def test_a_trajectory_is_the_same_in_any_shard(tmp_path: Path, monkeypatch: pyte
     whole = read(tmp_path / "a", 130, GRID)
     assert whole.x.shape == (130, 3, *SHAPE) and whole.x.dtype == torch.float32
     assert [p.name for p in sorted((tmp_path / "a").iterdir())] == [
-        "0000000-064.safetensors",
-        "0000064-064.safetensors",
-        "0000128-002.safetensors",
+        "0000000-064.tar",
+        "0000064-064.tar",
+        "0000128-002.tar",
     ]
     monkeypatch.setattr(trajectories, "SHARD", 7)
     make(tmp_path / "b", 20)
@@ -85,11 +84,11 @@ def test_a_stopped_run_keeps_whole_shards_and_gives_the_same(tmp_path: Path, mon
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "two", 12, stopped)
     (tmp_path / "two" / "0000004-004.partial").write_text("half")
-    with pytest.raises(ValueError, match="0000004-004.safetensors is missing: stage `trajectory` makes it"):
+    with pytest.raises(ValueError, match="0000004-004.tar is missing: stage `trajectory` makes it"):
         read(tmp_path / "two", 12, GRID)
-    before = (tmp_path / "two" / "0000000-004.safetensors").stat().st_mtime_ns
+    before = (tmp_path / "two" / "0000000-004.tar").stat().st_mtime_ns
     make(tmp_path / "two", 12)
-    assert (tmp_path / "two" / "0000000-004.safetensors").stat().st_mtime_ns == before
+    assert (tmp_path / "two" / "0000000-004.tar").stat().st_mtime_ns == before
     assert torch.equal(read(tmp_path / "two", 12, GRID).x, read(tmp_path / "whole", 12, GRID).x)
     assert not list((tmp_path / "two").glob("*.partial"))
     make(tmp_path / "two", 12, None)  # nothing left to do: the teacher is not called
@@ -101,10 +100,10 @@ def test_a_full_disk_keeps_whole_shards(tmp_path: Path, monkeypatch: pytest.Monk
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trajectories, "save_file", full)
+    monkeypatch.setattr(shards.TarWriter, "write", full)
     with pytest.raises(OSError, match="No space"):
         make(tmp_path, 70)
-    assert [p.name for p in tmp_path.iterdir()] == ["0000000-064.safetensors"]
+    assert [p.name for p in tmp_path.iterdir()] == ["0000000-064.tar"]
 
 
 def test_another_grid_is_refused(tmp_path: Path) -> None:
@@ -115,14 +114,14 @@ def test_another_grid_is_refused(tmp_path: Path) -> None:
 
 def test_shards_hold_no_more_than_they_say(tmp_path: Path) -> None:
     make(tmp_path, 5)
-    assert {k: tuple(v.shape) for k, v in load_file(tmp_path / "0000000-005.safetensors").items()} == {
-        "x": (5, 3, *SHAPE)
-    }
+    found = shards.read(tmp_path / "0000000-005.tar")
+    assert [*found] == [f"{k:07d}" for k in range(5)] and {*found["0000000"]} == {"npy", "json"}
+    assert all(shards.unpacked(parts["npy"]).shape == (3, *SHAPE) for parts in found.values())
 
 
 def test_pair_divides_by_the_length_of_the_step() -> None:
     x = torch.tensor([[[1.0], [2.0], [8.0]]])
-    stored = Trajectories((x,), ["a"], GRID)
+    stored = Trajectories(tuple(x), ["a"], GRID)
     _, target = stored.pair(torch.tensor([0, 0]), torch.tensor([0, 1]))
     assert target[:, 0].tolist() == pytest.approx([1.0 / -0.25, 6.0 / -0.75])
 

@@ -1,27 +1,29 @@
 """Text conditions on disk: each prompt is encoded once, so that large text encoders need not stay in memory.
 
-One prompt is one safetensors file, named by the hash of its text, that appears by a rename once it is whole. Conditions
-always come from the files: a run that was killed and goes on meets the same numbers.
+They lie in WebDataset shards of a few dozen, each condition under the hash of its prompt. Conditions always come from the
+files: a run that was killed and goes on meets the same numbers.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from fewstep.conditioning import TextCond
+from fewstep.data import shards
 from fewstep.data.trajectories import Encode
 from fewstep.engine import ranks
 from fewstep.engine.log import Progress
 
 FEW = 64  # prompts below which no progress is shown
+SHARD = 64  # conditions in a shard: SD3.5's take 175 MiB; whole batches, so that a run that goes on has the same ones
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class OnDisk:
     folder: Path
     dtype: torch.dtype = torch.float32
     batch: int = 16
+    _known: dict[str, tuple[Path, Tensor]] = field(default_factory=dict, compare=False)
+    _read: set[Path] = field(default_factory=set, compare=False)
 
     def __call__(self, texts: Sequence[str]) -> TextCond:
         """Conditions of prompts, in float32.
@@ -47,7 +51,7 @@ class OnDisk:
             ValueError: a file is damaged.
         """
         self._fill(texts)
-        rows = [_load(path_of(self.folder, text)) for text in texts]
+        rows = [_loaded(*self._known[key_of(text)]) for text in texts]
         return TextCond(torch.stack([r["tokens"] for r in rows]).float(), torch.stack([r["pooled"] for r in rows]).float())
 
     def prepare(self, texts: Iterable[str]) -> None:
@@ -57,20 +61,43 @@ class OnDisk:
                 self._fill(texts)
 
     def _fill(self, texts: Iterable[str]) -> None:
-        missing = [text for text in dict.fromkeys(texts) if not path_of(self.folder, text).exists()]
+        missing = self._missing(texts)
+        if missing:  # another process may have made them
+            self._look()
+            missing = self._missing(missing)
         if not missing:
             return
         encode = self.opened()
         progress = Progress("text conditions", len(missing), 0) if len(missing) > FEW else None
-        for first in range(0, len(missing), self.batch):
-            chunk = missing[first : first + self.batch]
-            cond = encode([*chunk, *[""] * (self.batch - len(chunk))]).to(dtype=self.dtype)
-            for text, tokens, pooled in zip(chunk, cond.tokens, cond.pooled, strict=False):
-                _write(path_of(self.folder, text), tokens, pooled, text)
+        for first in range(0, len(missing), SHARD):
+            chunk = missing[first : first + SHARD]
+            batches = [chunk[start : start + self.batch] for start in range(0, len(chunk), self.batch)]
+            made = [sample for batch in batches for sample in self._encoded(encode, batch)]
+            name = hashlib.sha256("".join(key for key, _ in made).encode()).hexdigest()[:16]
+            shards.write(self.folder / f"{name}-{len(made):03d}.tar", made)
             if progress:
                 progress.show(first + len(chunk))
         if progress:
             progress.close()
+        self._look()
+
+    def _missing(self, texts: Iterable[str]) -> list[str]:
+        return [text for text in dict.fromkeys(texts) if key_of(text) not in self._known]
+
+    def _look(self) -> None:
+        """Learn what lies in shards that have come since the last look."""
+        for path in sorted(set(self.folder.glob("*.tar")) - self._read):
+            found = shards.read(path)
+            if len(found) != int(path.stem.rpartition("-")[2]):
+                raise ValueError(f"{path} is damaged (cut off): delete it, it is made again")
+            self._known.update((key, (path, parts["safetensors"])) for key, parts in found.items())
+            self._read.add(path)
+
+    def _encoded(self, encode: Encode, texts: Sequence[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+        cond = encode([*texts, *[""] * (self.batch - len(texts))]).to(dtype=self.dtype)
+        for text, tokens, pooled in zip(texts, cond.tokens, cond.pooled, strict=False):
+            packed = save({"tokens": tokens.contiguous(), "pooled": pooled.contiguous()})
+            yield key_of(text), {"safetensors": packed, "txt": text.encode()}
 
 
 def conditions(encode: Encode, prompts: Sequence[str]) -> Callable[[Tensor], TextCond]:
@@ -81,21 +108,13 @@ def conditions(encode: Encode, prompts: Sequence[str]) -> Callable[[Tensor], Tex
     return lambda rows: cond[rows]
 
 
-def path_of(folder: Path, text: str) -> Path:
-    """Where the condition of a prompt lies."""
-    name = hashlib.sha256(text.encode()).hexdigest()
-    return folder / name[:2] / f"{name}.safetensors"
+def key_of(text: str) -> str:
+    """Under which key the condition of a prompt lies."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _write(path: Path, tokens: Tensor, pooled: Tensor, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file({"tokens": tokens.contiguous(), "pooled": pooled.contiguous()}, partial, {"prompt": text})
-    partial.replace(path)
-
-
-def _load(path: Path) -> dict[str, Tensor]:
+def _loaded(path: Path, part: Tensor) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        return load(shards.raw(part))
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): delete it, it is made again") from error

@@ -1,6 +1,6 @@
 """Teacher trajectories in shards: the states where a guided teacher stands at the student's grid points.
 
-One shard is one safetensors file of a few dozen trajectories that appears by a rename once it is whole, so that a
+One shard is one WebDataset tar file of a few dozen trajectories that appears by a rename once it is whole, so that a
 killed run goes on with the next shard. State and noise of trajectory k depend on (seed, k) alone.
 """
 
@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep import noise
 from fewstep.conditioning import TextCond
+from fewstep.data import shards
 from fewstep.engine import ranks
 from fewstep.engine.log import Progress
 from fewstep.flow import Velocity, expand_t
@@ -35,30 +34,28 @@ class Trajectories:
     """States at the S + 1 grid points, and the prompts they were made for.
 
     Attributes:
-        shards: float32 (n, S + 1, 16, H, W), the last one perhaps shorter; they stay on the disk until they are looked at.
+        samples: K of them, float32 (S + 1, 16, H, W); they stay on the disk until they are looked at.
         prompts: of all K trajectories.
         grid: the S + 1 times.
     """
 
-    shards: tuple[Tensor, ...]
+    samples: tuple[Tensor, ...]
     prompts: list[str]
     grid: tuple[float, ...]
 
     @property
     def x(self) -> Tensor:
         """All states (K, S + 1, 16, H, W) in memory: for sets that are small."""
-        return torch.cat(self.shards)
+        return torch.stack(self.samples)
 
     @property
     def latent_shape(self) -> torch.Size:
         """(16, H, W)."""
-        return self.shards[0].shape[2:]
+        return self.samples[0].shape[1:]
 
     def state(self, rows: Tensor, steps: Tensor) -> Tensor:
         """States (B, 16, H, W) of trajectories `rows` (B,) at grid points `steps` (B,)."""
-        size = len(self.shards[0])
-        found = zip(rows.tolist(), steps.tolist(), strict=True)
-        return torch.stack([self.shards[row // size][row % size, step] for row, step in found])
+        return torch.stack([self.samples[row][step] for row, step in zip(rows.tolist(), steps.tolist(), strict=True)])
 
     def pair(self, rows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Input and target of student steps: x_i and the teacher's average velocity to the next grid point.
@@ -112,7 +109,7 @@ def write(
     progress: Progress | None = None  # shown only when something is made
     for first in range(ranks.rank() * SHARD, count, ranks.count() * SHARD):  # processes take turns
         rows = range(first, min(first + SHARD, count))
-        path = folder / f"{first:07d}-{len(rows):03d}.safetensors"
+        path = folder / f"{first:07d}-{len(rows):03d}.tar"
         if not path.exists():
             progress = progress or Progress(title, count, first)
             prompts = [prompt_at(k) for k in rows]
@@ -123,9 +120,9 @@ def write(
                 mean_velocity = trajectory.target(teacher, x, t0, t1, cond, substeps, step)
                 x = x + (t_next - t_cur) * mean_velocity
                 states.append(x)
-            partial = path.with_suffix(".partial")
-            save_file({"x": torch.stack(states, dim=1)}, partial, {"prompts": json.dumps(prompts), "grid": json.dumps(grid)})
-            partial.replace(path)
+            about = [json.dumps({"prompt": prompt, "grid": grid}, ensure_ascii=False).encode() for prompt in prompts]
+            parts = zip(rows, torch.stack(states, dim=1), about, strict=True)
+            shards.write(path, ((f"{k:07d}", {"npy": shards.packed(own), "json": told}) for k, own, told in parts))
         if progress:
             progress.show(rows.stop)
     if progress:
@@ -139,18 +136,20 @@ def read(folder: Path, count: int, grid: tuple[float, ...]) -> Trajectories:
     Raises:
         ValueError: when shards are missing or damaged, or were made for another grid.
     """
-    states, prompts = [], []
+    samples, prompts = [], []
     for first in range(0, count, SHARD):
-        path = folder / f"{first:07d}-{min(SHARD, count - first):03d}.safetensors"
+        rows = range(first, min(first + SHARD, count))
+        path = folder / f"{first:07d}-{len(rows):03d}.tar"
         if not path.exists():
             raise ValueError(f"{path} is missing: stage `trajectory` makes it; run the same command again")
+        found = shards.read(path)
         try:
-            with safe_open(path, "pt") as file:
-                made_for, x = file.metadata(), file.get_tensor("x")  # mapped into memory, not read
-        except SafetensorError as error:
+            own = [found[f"{k:07d}"] for k in rows]
+            about = [json.loads(shards.raw(parts["json"])) for parts in own]
+            samples += [shards.unpacked(parts["npy"]) for parts in own]
+        except (KeyError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete it, it is made again") from error
-        if tuple(json.loads(made_for["grid"])) != grid:
-            raise ValueError(f"{path} was made for the grid {made_for['grid']}, not {list(grid)}; choose another --out")
-        states.append(x)
-        prompts += json.loads(made_for["prompts"])
-    return Trajectories(tuple(states), prompts, grid)
+        if tuple(about[0]["grid"]) != grid:
+            raise ValueError(f"{path} was made for the grid {about[0]['grid']}, not {list(grid)}; choose another --out")
+        prompts += [told["prompt"] for told in about]
+    return Trajectories(tuple(samples), prompts, grid)

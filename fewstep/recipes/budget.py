@@ -5,13 +5,16 @@ Budgets end up as image counts, so that a run is decided by its resolved setting
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
 
+from fewstep.conditioning import TextCond
 from fewstep.engine.precision import fast_dtype
 from fewstep.models import roles, sd3
 from fewstep.recipes import distil
@@ -33,26 +36,38 @@ class Speed:
         forward: network evaluations.
         train: forward, backward and update.
         decode: autoencoder and detector together.
+        where: the machine, in words.
     """
 
     forward: float
     train: float
     decode: float
+    where: str = "this machine"
 
 
-def measure(pipe: StableDiffusion3Pipeline, t5_tokens: int, seconds: float = 2.0) -> Speed:
-    """Time the three things that cost, about `seconds` each, where the pipeline's networks are."""
-    batch, size = 64, pipe.transformer.config.sample_size
-    x, t = torch.randn(batch, pipe.transformer.config.in_channels, size, size), torch.rand(batch)
-    cond = sd3.encode(pipe, ["a circle"] * batch, t5_tokens)
-    student = roles.trainable(pipe.transformer, roles.Config(device=str(pipe.transformer.device)), 0)
+def measure(pipe: StableDiffusion3Pipeline, pipeline: Distillation, t5_tokens: int, seconds: float = 2.0) -> Speed:
+    """Time the three things that cost, about `seconds` each, where the pipeline's networks are.
+
+    Args:
+        pipe: the teacher; its text encoders are not asked.
+        pipeline: says what is trained, at which size, and how much at once.
+        t5_tokens: of its conditions.
+        seconds: see above.
+    """
+    network, at_once = pipe.transformer, pipeline.trajectory.micro_batch or pipeline.trajectory.batch
+    config, device = network.config, network.device
+    size = pipeline.resolution // 8 or config.sample_size
+    x, t = torch.randn(at_once, config.in_channels, size, size), torch.rand(at_once)
+    told = torch.randn(at_once, pipe.tokenizer.model_max_length + t5_tokens, config.joint_attention_dim)
+    cond = TextCond(told, torch.randn(at_once, config.pooled_projection_dim))
+    student = roles.trainable(network, pipeline.roles, 0)
 
     def forward() -> None:
         with torch.no_grad():
-            sd3.velocity(pipe.transformer, fast_dtype(pipe.transformer.device))(x, t, cond)
+            sd3.velocity(network, fast_dtype(device))(x, t, cond)
 
     def train() -> None:
-        sd3.velocity(student, fast_dtype(student.device))(x, t, cond).square().mean().backward()
+        sd3.velocity(student, fast_dtype(device))(x, t, cond).square().mean().backward()
         student.zero_grad()
 
     def rate(call: Callable[[], object]) -> float:
@@ -61,20 +76,53 @@ def measure(pipe: StableDiffusion3Pipeline, t5_tokens: int, seconds: float = 2.0
         while time.perf_counter() - start < seconds:
             call()
             calls += 1
-        return calls * batch / (time.perf_counter() - start)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        return calls * at_once / (time.perf_counter() - start)
 
-    return Speed(rate(forward), rate(train), 0.7 * rate(lambda: sd3.decode(pipe, x)))
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"a CPU, {torch.get_num_threads()} threads"
+    return Speed(rate(forward), rate(train), 0.7 * rate(lambda: sd3.decode(pipe, x)), where)
+
+
+def write(file: Path, speed: Speed) -> None:
+    """Keep measured rates, for plans on other machines.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(asdict(speed), indent=1) + "\n", encoding="utf-8")
+    partial.replace(file)
+
+
+def read(file: Path) -> Speed:
+    """Rates that `write` kept.
+
+    Raises:
+        ValueError: no such file, or something else is in it.
+    """
+    try:
+        speed = Speed(**json.loads(file.read_text(encoding="utf-8")))
+        if not min(speed.forward, speed.train, speed.decode) > 0:
+            raise ValueError("a rate is not positive")
+    except FileNotFoundError:
+        raise ValueError(f"{file} does not exist: fewstep plan RECIPE --calibrate {file} makes it") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} holds no rates ({error}): fewstep plan RECIPE --calibrate {file} makes it anew") from None
+    return speed
 
 
 def seconds(pipeline: Distillation, speed: Speed) -> dict[str, float]:
     """Estimated seconds of each part of a distillation."""
     steps, t, d, e = len(pipeline.grid) - 1, pipeline.trajectory, pipeline.distribution, pipeline.evaluate
-    images = e.per_task * e.seeds * EVALUATED_PER_PROMPT_TASKS
+    pictures = e.benchmark == "pictures"
+    images = e.pictures * e.seeds if pictures else e.per_task * e.seeds * EVALUATED_PER_PROMPT_TASKS
     forwards, trained = steps + 4.0, d.proxy_updates + 2.0  # rollout, guided teacher, proxy; proxy, student twice
     if d.adversary.weight > 0:
         forwards, trained = forwards + 2.0, trained + 1.0  # heads read real and fake; the student's loss goes through
     refine = forwards / speed.forward + trained / speed.train
-    merged = pipeline.merge.per_task * pipeline.merge.seeds * EVALUATED_PER_PROMPT_TASKS
+    merged = (e.pictures if pictures else pipeline.merge.per_task * EVALUATED_PER_PROMPT_TASKS) * pipeline.merge.seeds
     tried = 0 if distil.idle(pipeline) else len(pipeline.merge.ratios) + 3
     students = 2 if distil.idle(pipeline) else 3
     evaluations = 2 * pipeline.teacher_steps + 2 * steps + steps + 2 * max(1, steps // 2) + students * steps

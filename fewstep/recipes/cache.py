@@ -48,7 +48,7 @@ def run(pipeline: Distillation, out: Path) -> Path:
 def _estimate(pipeline: Distillation, out: Path) -> None:
     """Say how much is to be written, and refuse where it does not fit."""
     needed, free = memory.disk(pipeline, len(set(material.all_prompts(pipeline, out)))), shutil.disk_usage(out).free
-    missing = needed - sum(file.stat().st_size for folder in FOLDERS for file in (out / folder).rglob("*.safetensors"))
+    missing = needed - sum(file.stat().st_size for folder in FOLDERS for file in (out / folder).rglob("*.tar"))
     if missing > free:
         sizes = f"{free / memory.GIB:.1f} GiB of disk left, {missing / memory.GIB:.1f} are needed"
         raise ValueError(f"{out} has {sizes}: choose another --out")
@@ -57,7 +57,7 @@ def _estimate(pipeline: Distillation, out: Path) -> None:
 
 def write_manifest(out: Path) -> None:
     """Name every file with its size and hash."""
-    files = [file for folder in FOLDERS for file in sorted((out / folder).rglob("*.safetensors"))]
+    files = [file for folder in FOLDERS for file in sorted((out / folder).rglob("*.tar"))]
     told = {file.relative_to(out).as_posix(): {"bytes": file.stat().st_size, "sha256": _hash(file)} for file in files}
     partial = out / f"{MANIFEST}.partial"
     partial.write_text(json.dumps(told, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""What the commands print: plans, results, artefacts; and the demo, which fits a recipe into minutes."""
+"""What the commands print: results, artefacts; and the demo, which fits a recipe into minutes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import yaml
 
 from fewstep.engine import artifact
 from fewstep.engine.config import from_dict, override, read_yaml, to_dict
-from fewstep.engine.log import clock
-from fewstep.recipes import RECIPES, budget, distil, execute, memory, teacher
+from fewstep.recipes import RECIPES, budget, execute, teacher
 from fewstep.recipes.layout import FOLDER, RESOLVED
 from fewstep.recipes.pipeline import Distillation, Pipeline, build
-from fewstep.stages import trajectory
 from fewstep.worlds.shapes import STUDENT_4, TEACHER
 
 SHOWN = ("autoencoder_ceiling", "teacher_32_guided")
@@ -55,53 +53,10 @@ def run(recipe: str, out: Path, minutes: float) -> None:
     else:
         opened = teacher.open_teacher(teacher.folder_of(pipeline), pipeline.roles)
         print(f"measuring this machine, then distilling for about {minutes:g} minutes")
-        pipeline = budget.fit(pipeline, budget.measure(opened.pipe, opened.record.t5_tokens), minutes)
+        pipeline = budget.fit(pipeline, budget.measure(opened.pipe, pipeline, opened.record.t5_tokens), minutes)
     report = execute.run(pipeline, out)
     assert report is not None
     print_result(report)
-
-
-def print_plan(pipeline: Pipeline, timed: bool = False, gpus: str | None = None) -> None:
-    """Print the resolved settings, the stages and their budgets.
-
-    Args:
-        pipeline: a recipe's settings.
-        timed: measure this machine and say how long each part takes; not for models too large to be measured so.
-        gpus: say what it takes of such a GPU's memory.
-    """
-    print(yaml.safe_dump(to_dict(pipeline), sort_keys=False).rstrip())
-    print(f"\nstages: {' -> '.join(pipeline.stages)}")
-    if not isinstance(pipeline, Distillation):
-        if gpus:
-            raise ValueError("--gpus: the bundled teacher is trained on the CPU; give the recipe of a distillation")
-        images = sum(p.images for p in pipeline.autoencoder.phases)
-        print(f"autoencoder   {images:>10,} images\nteacher       {pipeline.teacher.images:>10,} images")
-        return
-    t, d, e, steps = pipeline.trajectory, pipeline.distribution, pipeline.evaluate, len(pipeline.grid) - 1
-    print(f"trajectory    {t.trajectories:>10,} teacher trajectories of {trajectory.evaluations(t, steps)} evaluations")
-    print(f"              {t.images:>10,} student steps in {t.images // t.batch:,} updates")
-    updates = f"{d.images // d.batch:,} updates, {d.proxy_updates} of the proxy each"
-    print(f"distribution  {d.images:>10,} student samples in {updates}")
-    reason = distil.idle(pipeline)
-    if reason:
-        print(f"split, merge  nothing: {reason}")
-    else:
-        count = pipeline.split.images
-        print(f"split         {count:>10,} student samples in {count // d.batch:,} updates of two branches in turn")
-        on = {"shapes": f"{pipeline.merge.per_task} selection prompts a task", "pictures": f"{e.pictures} held-out prompts"}
-        print(f"merge         {len(pipeline.merge.ratios)} ratios on {on[e.benchmark]}")
-    asked = f"{e.per_task:>10,} prompts a task" if e.benchmark == "shapes" else f"{e.pictures:>10,} prompts, side by side"
-    print(f"evaluate      {asked}, {e.seeds} seeds")
-    if gpus:
-        print(f"\n{memory.report(pipeline, gpus)}")
-    if timed and e.benchmark == "pictures":
-        print("\nmemory on a GPU: fewstep plan --gpus 1x24")
-    elif timed:
-        opened = teacher.open_teacher(teacher.folder_of(pipeline), pipeline.roles)
-        spent = budget.seconds(pipeline, budget.measure(opened.pipe, opened.record.t5_tokens))
-        print("\nestimated on this machine")
-        for part, seconds in {**spent, "in all": sum(spent.values())}.items():
-            print(f"{part:<14}{clock(seconds):>10}")
 
 
 def print_result(report: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from fewstep.recipes.pipeline import Distillation
 from fewstep.recipes.teacher import folder_of
 
 GIB = 2**30
+BLOCKS = 3  # of a sharded network that are whole at once: one that computes, the next one, and gradients of a third
 CONTEXT = 1.0 * GIB  # what a CUDA process takes before the first tensor, and what fragments
 CLIP_TOKENS = 77
 # What needs less memory, the least costly first: the same result, then the same in more time, then another student.
@@ -32,7 +34,7 @@ CHANGES: tuple[tuple[str, ...], ...] = (
     *((f"trajectory.micro_batch={n}", f"distribution.micro_batch={n}") for n in (8, 4)),
     ("roles.checkpointing=true",),
     *((f"trajectory.micro_batch={n}", f"distribution.micro_batch={n}") for n in (2, 1)),
-    ("roles.trained=lora",),
+    ("roles.sharded=false", "roles.trained=lora"),
     ("resolution=512",),
 )
 
@@ -73,13 +75,18 @@ class Phase:
 
 def configuration(pipeline: Distillation) -> dict[str, Any]:
     """The transformer's configuration: the teacher's, or for a recipe of SD3.5 whose teacher is not there yet, SD3.5's."""
-    path = folder_of(pipeline) / "transformer" / "config.json"
-    if path.is_file():
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        return {name: value for name, value in raw.items() if not name.startswith("_")}
-    if not pipeline.name.startswith("sd35_"):
-        raise ValueError(f"{path} does not exist: `plan --gpus` needs the teacher's configuration")
+    folder = folder_of(pipeline)
+    if folder.exists() or not pipeline.name.startswith("sd35_"):
+        return _read(folder)
     return architectures.SD35_LARGE if "large" in pipeline.name else architectures.SD35_MEDIUM
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / "transformer" / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: a plan needs the configuration of the model")
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    return {name: value for name, value in raw.items() if not name.startswith("_")}
 
 
 def network(pipeline: Distillation, batch: int, config: dict[str, Any] | None = None) -> Network:
@@ -138,25 +145,38 @@ def kept(made: SD3Transformer2DModel, x: Tensor, cond: TextCond, compute: torch.
     return sum(size for size, _ in found.values())
 
 
-def phases(pipeline: Distillation, config: dict[str, Any] | None = None) -> list[Phase]:
-    """The fullest moment of each stage that trains, and of encoding prompts; `config` stands in for the teacher's."""
+def phases(pipeline: Distillation, config: dict[str, Any] | None = None, count: int = 1) -> list[Phase]:
+    """The fullest moment of each stage that trains, of encoding prompts, and of another teacher's work.
+
+    Args:
+        pipeline: settings.
+        config: stands in for the teacher's transformer configuration.
+        count: GPUs; all that counts here is whether they divide the networks among them.
+    """
+    config = config or configuration(pipeline)
     t, d = pipeline.trajectory, pipeline.distribution
     first, second = (network(pipeline, c.micro_batch or c.batch, config) for c in (t, d))
     narrow = getattr(torch, pipeline.roles.frozen_dtype).itemsize
     full = pipeline.roles.trained == "full"
     whole = first.weights + first.constants
     frozen = {"teacher": whole * narrow, "autoencoder": architectures.AUTOENCODER_WEIGHTS * narrow, "context": CONTEXT}
-    trained = first.weights if full else first.adapters
+    share = count if pipeline.roles.sharded else 1
+    trained = (first.weights if full else first.adapters) / share
     encoders = {"text encoders": sum(architectures.ENCODER_WEIGHTS.values()) * narrow}
-    copied = whole if full else trained
+    copied = trained + (first.constants if full else 0)
     student = {"student": 4.0 * copied, "student's moments": 8.0 * trained, "student's average": 4.0 * trained}
     proxy = {"proxy": 4.0 * copied, "proxy's moments": 8.0 * trained}
     head = sum(p.numel() for p in heads.build(second.width, d.adversary.hidden, range(d.adversary.heads)).parameters())
     adversary = {"heads": 16.0 * head} if d.adversary.weight > 0 else {}
     gradients = {"gradients": 4.0 * trained}
+    if share > 1:
+        gradients["blocks put together"] = 4.0 * BLOCKS * first.weights / config["num_layers"]
     graphs = 2 if d.trajectory_weight > 0 else 1  # matching and trajectory guidance go back together
     back = {"kept for the way back": float(graphs * second.kept + second.again)}
     out = [Phase("text conditions", {"context": CONTEXT} | encoders)] if pipeline.evaluate.benchmark == "pictures" else []
+    if pipeline.data_teacher:
+        other = network(pipeline, 1, _read(Path(pipeline.data_teacher)))
+        out.append(Phase("data teacher", frozen | {"data teacher": (other.weights + other.constants) * narrow}))
     out.append(Phase("trajectory", frozen | student | gradients | {"kept for the way back": float(first.kept + first.again)}))
     out.append(Phase("distribution", frozen | student | proxy | adversary | gradients | back))
     if not pipeline.split.skip and len(pipeline.grid) > 3:
@@ -167,14 +187,19 @@ def phases(pipeline: Distillation, config: dict[str, Any] | None = None) -> list
 
 def _text_tokens(pipeline: Distillation) -> int:
     folder = folder_of(pipeline)
-    return CLIP_TOKENS + (artifact.read(folder).t5_tokens if artifact.exists(folder) else 256)
+    of_clip = folder / "tokenizer" / "tokenizer_config.json"
+    clip = json.loads(of_clip.read_text(encoding="utf-8"))["model_max_length"] if of_clip.is_file() else CLIP_TOKENS
+    return int(clip) + (artifact.read(folder).t5_tokens if artifact.exists(folder) else 256)
 
 
-def remedy(pipeline: Distillation, capacity: float) -> list[str]:
-    """The settings that make a distillation fit into `capacity` bytes, as few as will do; none where nothing does."""
+def remedy(pipeline: Distillation, capacity: float, count: int = 1) -> list[str]:
+    """The settings that make a distillation fit into `capacity` bytes on each of `count` GPUs, as few as will do.
+
+    None where nothing does.
+    """
     words: list[str] = []
-    for change in CHANGES:
-        if fits(pipeline, words + list(change), capacity):
+    for change in ((("roles.sharded=true",),) if count > 1 else ()) + CHANGES:
+        if fits(pipeline, words + list(change), capacity, count):
             words += change
             break
         words += change
@@ -182,41 +207,56 @@ def remedy(pipeline: Distillation, capacity: float) -> list[str]:
         return []
     for word in list(words):  # what came earlier may no longer be needed
         fewer = [w for w in words if w != word]
-        if fits(pipeline, fewer, capacity):
+        if fits(pipeline, fewer, capacity, count):
             words = fewer
+    return _last_of_each(words)
+
+
+def _last_of_each(words: list[str]) -> list[str]:
     return list({word.partition("=")[0]: word for word in words}.values())
 
 
-def fits(pipeline: Distillation, words: list[str], capacity: float) -> bool:
+def fits(pipeline: Distillation, words: list[str], capacity: float, count: int = 1) -> bool:
     """Whether a distillation with some settings changed fits; settings that cannot work together do not."""
     try:
-        changed = override(pipeline, words)
+        changed = override(pipeline, _last_of_each(words))
     except ValueError:
         return False
-    return max(phase.total for phase in phases(changed)) <= capacity
+    return max(phase.total for phase in phases(changed, count=count)) <= capacity
+
+
+def parse(gpus: str) -> tuple[int, float]:
+    """Number and GiB of "1x24".
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    count, _, size = gpus.partition("x")
+    if not count.isdigit() or not size.replace(".", "", 1).isdigit() or int(count) < 1 or float(size) <= 0:
+        raise ValueError(f"--gpus {gpus}: give number and memory in GiB, such as 1x24")
+    return int(count), float(size)
 
 
 def report(pipeline: Distillation, gpus: str) -> str:
     """What `fewstep plan --gpus` prints.
 
     Raises:
-        ValueError: `gpus` is not of the form 1x24.
+        ValueError: `gpus` is not of the form 1x24, or a batch cannot be divided among so many.
     """
-    count, _, size = gpus.partition("x")
-    if not count.isdigit() or not size.replace(".", "", 1).isdigit() or int(count) < 1 or float(size) <= 0:
-        raise ValueError(f"--gpus {gpus}: give number and memory in GiB, such as 1x24")
+    count, size = parse(gpus)
     batches = {"trajectory.batch": pipeline.trajectory.batch, "distribution.batch": pipeline.distribution.batch}
     for name, batch in batches.items():
-        if batch % int(count):
+        if batch % count:
             raise ValueError(f"--gpus {gpus}: {name} = {batch} cannot be divided among {count} GPUs; choose a multiple")
-    capacity, found = float(size) * GIB, phases(pipeline)
-    lines = [f"each of {count} GPUs holds all networks, and takes its share of every batch:"] if int(count) > 1 else []
+    capacity, found = size * GIB, phases(pipeline, count=count)
+    holds = "the teacher and its share of what is trained" if pipeline.roles.sharded else "all networks"
+    lines = [f"each of {count} GPUs holds {holds}, and takes its share of every batch:"] if count > 1 else []
     for phase in found:
         fits = "fits" if phase.total <= capacity else "DOES NOT FIT"
         lines.append(f"{phase.name:<18}{phase.total / GIB:>8.1f} GiB  {fits}")
         lines += [f"    {name:<26}{size / GIB:>8.2f}" for name, size in phase.parts.items() if size >= 0.005 * GIB]
     if max(phase.total for phase in found) > capacity:
-        made = remedy(pipeline, capacity)
+        made = remedy(pipeline, capacity, count)
         words = " ".join(f"--set {word}" for word in made)
         lines.append(f"it fits with: {words}" if made else "no setting makes it fit: a larger GPU is needed")
     lines += ["", f"disk: {disk(pipeline, 0) / GIB:.1f} GiB of teacher trajectories"]

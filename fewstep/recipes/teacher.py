@@ -59,7 +59,7 @@ def open_teacher(folder: Path, config: roles.Config = roles.FULL) -> Teacher:
         ValueError: not an artefact, or not a teacher, or no such device.
     """
     record = artifact.read(folder, "teacher")
-    pipe = _opened(folder, config)
+    pipe = open_networks(folder, config)
 
     def encode(texts: Sequence[str]) -> TextCond:
         return evaluate.encode(pipe, texts, record.t5_tokens, 256)
@@ -97,11 +97,12 @@ def open_for(pipeline: Distillation, out: Path, texts: Iterable[str] = ()) -> Te
 
     encode = embeddings.OnDisk(encoders, out / CONDITIONS, getattr(torch, config.frozen_dtype))
     encode.prepare(["", *texts])
-    pipe = _opened(folder, config, sd3.ENCODERS)
+    pipe = open_networks(folder, config, sd3.ENCODERS)
     return _teacher(folder, record, pipe, encode, pipeline.resolution, 2 * pipeline.distribution.micro_batch)
 
 
-def _opened(folder: Path, config: roles.Config, without: Sequence[str] = ()) -> StableDiffusion3Pipeline:
+def open_networks(folder: Path, config: roles.Config, without: Sequence[str] = ()) -> StableDiffusion3Pipeline:
+    """A teacher's pipeline, frozen, transformer and autoencoder on the device; `without` are networks left out."""
     pipe = sd3.load(folder, getattr(torch, config.frozen_dtype), without)
     pipe.transformer.to(config.place)
     pipe.vae.to(config.place)

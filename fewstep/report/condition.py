@@ -19,7 +19,8 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
     """One record for each stage that was looked at, in order; ready for JSON.
 
     Each holds "stage", "looks" (rows of `health.jsonl`), "verdicts" (sentences, in the order in which they were first said) and
-    "figures" ({name, meaning, first, last, lo, hi, healthy}; lo, hi and healthy are None where there is no band).
+    "figures" ({name, meaning, first, last, lo, hi, healthy}; lo and hi are None where nothing is said of a figure
+    that is lower or higher, healthy where neither is judged).
     """
     rows, bands = read_metrics(run_dir / health.LOG), health.reference()
     found = []
@@ -69,8 +70,10 @@ def _figures(looks: list[dict[str, Any]], bands: health.Bands) -> list[dict[str,
     for name, meaning in health.FIGURES.items():
         values = [look[name] for look in looks if name in look]
         if values:
-            lo, hi = bands.get(name, (None, None))
-            healthy = None if lo is None or hi is None else lo <= values[-1] <= hi
+            judged = health.WORDS.get(name, {}) if name in bands else {}
+            lo, hi = (bands[name][k] if side in judged else None for k, side in enumerate(("lo", "hi")))
+            outside = (lo is not None and values[-1] < lo) or (hi is not None and values[-1] > hi)
+            healthy = None if lo is None and hi is None else not outside
             record = {"name": name, "meaning": meaning, "first": values[0], "last": values[-1]}
             out.append(record | {"lo": lo, "hi": hi, "healthy": healthy})
     return out

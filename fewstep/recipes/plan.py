@@ -1,0 +1,86 @@
+"""`fewstep plan`: what a recipe is, and what it takes of time and memory, before anything is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from fewstep.engine import artifact
+from fewstep.engine.config import to_dict
+from fewstep.engine.log import clock
+from fewstep.models import sd3
+from fewstep.recipes import budget, distil, memory, teacher
+from fewstep.recipes.pipeline import Distillation, Pipeline
+from fewstep.stages import trajectory
+
+ALONE = ("health", "merge", "evaluate")  # parts that more GPUs do not shorten: one process does them, or all do the same
+
+
+def show(pipeline: Pipeline) -> None:
+    """Print the resolved settings, the stages and their budgets."""
+    print(yaml.safe_dump(to_dict(pipeline), sort_keys=False).rstrip())
+    print(f"\nstages: {' -> '.join(pipeline.stages)}")
+    if not isinstance(pipeline, Distillation):
+        images = sum(p.images for p in pipeline.autoencoder.phases)
+        print(f"autoencoder   {images:>10,} images\nteacher       {pipeline.teacher.images:>10,} images")
+        return
+    t, d, e, steps = pipeline.trajectory, pipeline.distribution, pipeline.evaluate, len(pipeline.grid) - 1
+    print(f"trajectory    {t.trajectories:>10,} teacher trajectories of {trajectory.evaluations(t, steps)} evaluations")
+    print(f"              {t.images:>10,} student steps in {t.images // t.batch:,} updates")
+    updates = f"{d.images // d.batch:,} updates, {d.proxy_updates} of the proxy each"
+    print(f"distribution  {d.images:>10,} student samples in {updates}")
+    reason = distil.idle(pipeline)
+    if reason:
+        print(f"split, merge  nothing: {reason}")
+    else:
+        count = pipeline.split.images
+        print(f"split         {count:>10,} student samples in {count // d.batch:,} updates of two branches in turn")
+        on = {"shapes": f"{pipeline.merge.per_task} selection prompts a task", "pictures": f"{e.pictures} held-out prompts"}
+        print(f"merge         {len(pipeline.merge.ratios)} ratios on {on[e.benchmark]}")
+    asked = f"{e.per_task:>10,} prompts a task" if e.benchmark == "shapes" else f"{e.pictures:>10,} prompts, side by side"
+    print(f"evaluate      {asked}, {e.seeds} seeds")
+
+
+def costs(pipeline: Pipeline, gpus: str | None, calibration: Path | None, calibrate: Path | None) -> None:
+    """Print what a recipe takes.
+
+    Args:
+        pipeline: a recipe's settings.
+        gpus: of such a GPU's memory.
+        calibration: time, by rates that were measured somewhere. Without it and `gpus` this machine is measured.
+        calibrate: measure this machine, and keep the rates in this file.
+
+    Raises:
+        ValueError: not a distillation, a file that holds no rates, or `gpus` as in `memory.report`.
+    """
+    if not isinstance(pipeline, Distillation):
+        if gpus or calibration or calibrate:
+            raise ValueError("only distillations have costs to be planned; give the recipe of a distillation")
+        return
+    if gpus:
+        print(f"\n{memory.report(pipeline, gpus)}")
+    speed = budget.read(calibration) if calibration else None
+    small = pipeline.evaluate.benchmark == "shapes"
+    if calibrate or (speed is None and gpus is None and small):
+        speed = _measured(pipeline)
+    if calibrate and speed:
+        budget.write(calibrate, speed)
+        print(f"\nrates of {speed.where} are kept in {calibrate}")
+    if speed is None:
+        more = "" if gpus else "memory: --gpus 1x24. "
+        print(f"\n{more}Time: --calibration FILE, with a file that --calibrate FILE wrote on the machine that will train")
+        return
+    count = memory.parse(gpus)[0] if gpus else 1
+    spent = {part: took / (1 if part in ALONE else count) for part, took in budget.seconds(pipeline, speed).items()}
+    print(f"\nestimated on {f'{count} x ' if count > 1 else ''}{speed.where}")
+    for part, seconds in {**spent, "in all": sum(spent.values())}.items():
+        print(f"{part:<14}{clock(seconds):>10}")
+    if not small:
+        print("besides what text encoders take, once for each prompt")
+
+
+def _measured(pipeline: Distillation) -> budget.Speed:
+    folder = teacher.folder_of(pipeline)
+    record = artifact.read(folder, "teacher")
+    return budget.measure(teacher.open_networks(folder, pipeline.roles, sd3.ENCODERS), pipeline, record.t5_tokens)
