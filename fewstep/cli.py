@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -295,7 +296,10 @@ def doctor(out: Path = Path("runs")) -> None:
 
 def main() -> None:
     """Entry point. What a user can cause ends in one line and exit code 2; `FEWSTEP_DEBUG=1` shows the traceback."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice on image processors is not for our users
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")  # advice on image processors is not for our users
+    for name in ("torchao", "torch.utils._pytree"):  # nor what could not be loaded, and works without
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app.cli(prog="fewstep", description="Turn a slow flow model into a few-step one. Recipes: " + RECIPE_HELP)
     except (ValueError, OSError, FloatingPointError, SafetensorError) as error:  # a full disk is the last

@@ -44,7 +44,7 @@ def test_what_is_recorded_without_numbers_is_what_a_network_keeps(
     monkeypatch.setattr(memory.kept, "__defaults__", (None,))  # float32, as above
     memory._measured.cache_clear()
     config = json.dumps({k: v for k, v in tiny_pipe().transformer.config.items() if not k.startswith("_")})
-    rank, which = (4 if trained == "lora" else 0), (5 if again else 4)
+    rank, which = (4 if trained == "lora" else 0), (6 if again else 5)
     recorded = {n: memory._measured(config, rank, "float32", 8, TOKENS, n)[which] for n in (1, 2, 3)}
     memory._measured.cache_clear()
     assert recorded == {n: real(trained, again, n) for n in recorded}

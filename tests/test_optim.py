@@ -39,11 +39,12 @@ def test_gradients_are_clipped_to_the_norm_that_is_returned_unclipped() -> None:
     assert float(network.weight.detach()) == pytest.approx(start - 0.1, rel=1e-4)  # Adam's first step is the learning rate
 
 
-def test_state_round_trip_is_exact() -> None:
+@pytest.mark.parametrize("eight_bit", [False, True], ids=["float32", "eight bits"])
+def test_state_round_trip_is_exact(eight_bit: bool) -> None:
     config = Optim(lr=0.05, betas=(0.9, 0.99), warmup_images=3, final_lr_ratio=0.1)
     torch.manual_seed(0)
-    network = nn.ModuleDict({"block": nn.Linear(8, 8), "out": nn.Linear(8, 4)})
-    optimizer, data = Optimizer(network.named_parameters(), config), torch.randn(6, 8)
+    network = nn.ModuleDict({"block": nn.Linear(64, 128), "out": nn.Linear(128, 4)})  # the larger one is put into 8 bits
+    optimizer, data = Optimizer(network.named_parameters(), config, eight_bit), torch.randn(6, 64)
 
     def step(network: nn.ModuleDict, optimizer: Optimizer, seen: int) -> None:
         network["out"](network["block"](data[seen : seen + 1])).square().sum().backward()
@@ -52,13 +53,32 @@ def test_state_round_trip_is_exact() -> None:
     for seen in range(3):
         step(network, optimizer, seen)
     other = copy.deepcopy(network)
-    resumed = Optimizer(other.named_parameters(), config)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    resumed = Optimizer(other.named_parameters(), config, eight_bit)
+    stored: dict[str, torch.Tensor] = {}
+    resumed.load_state_dict(unpack(pack(copy.deepcopy(optimizer.state_dict()), stored), stored))
     for seen in range(3, 6):
         step(network, optimizer, seen)
         step(other, resumed, seen)
     for a, b in zip(network.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_moments_in_eight_bits_are_small_and_move_weights_nearly_as_moments_in_32() -> None:
+    torch.manual_seed(0)
+    networks = [nn.Linear(64, 128)]
+    networks.append(copy.deepcopy(networks[0]))
+    start, config = networks[0].weight.detach().clone(), Optim(lr=1e-2, betas=(0.9, 0.999))
+    wide, small = (Optimizer(n.named_parameters(), config, eight) for n, eight in zip(networks, (False, True), strict=True))
+    for seen in range(10):
+        gradient = torch.randn(128, 64)
+        for network, optimizer in zip(networks, (wide, small), strict=True):
+            network.weight.grad = gradient.clone()
+            optimizer.step(seen, 10)
+    moved, apart = (networks[0].weight - start).norm(), (networks[0].weight - networks[1].weight).norm()
+    assert 0 < apart < 0.05 * moved
+    stored: dict[str, torch.Tensor] = {}
+    pack(small.state_dict(), stored)
+    assert sum(t.numel() * t.itemsize for t in stored.values()) < 2.1 * start.numel()
 
 
 def test_state_is_restored_in_the_layout_of_its_parameter() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,18 +44,29 @@ def lr_at(config: Optim, images_seen: int, total_images: int) -> float:
 
 
 class Optimizer:
-    """AdamW on what is trained of one network; matrices decay, vectors do not."""
+    """AdamW on what is trained of one network; matrices decay, vectors do not.
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: Optim) -> None:
-        self.config = config
+    Args:
+        named: parameters by name; frozen ones are left out.
+        config: settings.
+        eight_bit: keep the moments of large matrices in 8 bits (torchao).
+
+    Raises:
+        ValueError: `eight_bit` without torchao.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: Optim, eight_bit: bool = False) -> None:
+        self.config, self.eight_bit = config, eight_bit
         self.parameters = [p for _, p in named if p.requires_grad]
         groups = [
             {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        self.adamw = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True
-        )
+        groups = [g for g in groups if g["params"]]
+        if eight_bit:
+            self.adamw: torch.optim.Optimizer = _eight_bit_adamw()(groups, lr=config.lr, betas=config.betas)
+        else:
+            self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
     def step(self, images_seen: int, total_images: int) -> Tensor:
         """Add up the processes' gradients, clip, set the learning rate, step, clear gradients.
@@ -63,9 +75,13 @@ class Optimizer:
         """
         ranks.add_gradients(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        lr = lr_at(self.config, images_seen, total_images)
         for group in self.adamw.param_groups:
-            group["lr"] = lr_at(self.config, images_seen, total_images)
-        self.adamw.step()
+            group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
+        # torchao compiles its update, which needs a compiler and, on a CPU, gains nothing
+        eager = self.eight_bit and self.parameters[0].device.type == "cpu"
+        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+            self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         return ranks.whole(norm)
 
@@ -76,13 +92,46 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """The moments; learning rates are recomputed from the images seen, not stored."""
-        return {"adamw": self.adamw.state_dict()["state"]}
+        state = self.adamw.state_dict()["state"]
+        if self.eight_bit:  # codes and scales of those in 8 bits
+            state = {k: {name: _parts(value) for name, value in moments.items()} for k, moments in state.items()}
+        return {"adamw": state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
+        if self.eight_bit:
+            self._load_eight_bit(state["adamw"])
+            return
         self.adamw.load_state_dict({"state": state["adamw"], "param_groups": self.adamw.state_dict()["param_groups"]})
         for parameter, moments in self.adamw.state.items():  # fused AdamW pairs elements by memory: same layout, or nonsense
             for name, value in moments.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     moments[name] = torch.empty_like(parameter, dtype=value.dtype)
                     ranks.put(moments[name], value)
+
+    @torch.no_grad()
+    def _load_eight_bit(self, stored: Mapping[int, Mapping[str, Any]]) -> None:
+        self.adamw.state.clear()
+        parameters = [p for group in self.adamw.param_groups for p in group["params"]]
+        for number, moments in stored.items():
+            parameter = parameters[number]
+            for name, value in moments.items():
+                if name != "step":
+                    made = self.adamw._new_buffer(parameter, signed=name == "exp_avg")  # type: ignore[attr-defined]
+                    for part, numbers in value.items() if isinstance(value, Mapping) else ():
+                        getattr(made, part).copy_(numbers)
+                    value = made if isinstance(value, Mapping) else made.copy_(value)
+                self.adamw.state[parameter][name] = value.clone() if name == "step" else value
+
+
+def _parts(value: Tensor) -> Tensor | dict[str, Tensor]:
+    """What of a moment is stored; the table that its codes point into is always the same."""
+    return {part: getattr(value, part) for part in ("codes", "scale")} if hasattr(value, "codes") else value
+
+
+def _eight_bit_adamw() -> Any:
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise ValueError("roles.eight_bit_moments needs torchao: pip install 'fewstep[quant]'") from None
+    return AdamW8bit

@@ -18,6 +18,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fewstep.models import eight_bit
+
 # Attention, feed-forward and modulation of every joint block (ours): a student differs from its teacher most in what it
 # does with the time, which enters by the modulation.
 TARGETS = (
@@ -118,7 +120,7 @@ def merged(network: SD3Transformer2DModel) -> SD3Transformer2DModel:
     """A plain float32 network on the CPU, W + B A in place of each adapted matrix; one without adapters as it is."""
     if not has(network):
         return network
-    plain = {n.replace(".base_layer", ""): t.detach().to("cpu", torch.float32) for n, t in network.state_dict().items()}
+    plain = {n.replace(".base_layer", ""): eight_bit.plain(t).to("cpu", torch.float32) for n, t in network.state_dict().items()}
     for name, a in state(network).items():
         if ".lora_A." in name:
             b = plain[name.replace(".lora_A.", ".lora_B.default.")]

@@ -29,6 +29,8 @@ class Config:
         checkpointing: compute blocks once more on the way back instead of keeping what they made: about a third more
             time, a fraction of the memory.
         frozen_dtype: of weights that are not trained.
+        eight_bit_base: of those, keep the matrices of the transformer's blocks in 8 bits (torchao); under adapters only.
+        eight_bit_moments: keep the optimisers' moments of student and proxy in 8 bits (torchao).
         device: where networks compute: "auto" is the GPU if there is one; of several processes each has its own.
         sharded: divide what is trained among the processes that torchrun started (FSDP2): weights, gradients, moments and
             averages. The frozen teacher stays whole in each. A process alone divides nothing.
@@ -38,6 +40,8 @@ class Config:
     rank: int = 64
     checkpointing: bool = False
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    eight_bit_base: bool = False
+    eight_bit_moments: bool = False
     device: str = "auto"
     sharded: bool = False
 
@@ -46,6 +50,12 @@ class Config:
             raise ValueError(f"roles.rank must be at least 1, got {self.rank}")
         if self.sharded and self.trained == "lora":
             raise ValueError("roles.sharded divides what is trained, and adapters are small: set it to false with lora")
+        if self.eight_bit_base and self.trained == "full":
+            raise ValueError("roles.eight_bit_base freezes weights in 8 bits, which cannot be trained: set roles.trained=lora")
+        if self.eight_bit_base and not self.checkpointing:  # every matrix would be kept in a wider type for the way back
+            raise ValueError("roles.eight_bit_base saves memory only where blocks are made again: set roles.checkpointing=true")
+        if self.eight_bit_moments and self.sharded:
+            raise ValueError("roles.eight_bit_moments and roles.sharded do not go together: set one of them to false")
         try:
             torch.device("cpu" if self.device == "auto" else self.device)
         except RuntimeError:

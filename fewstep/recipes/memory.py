@@ -25,6 +25,7 @@ from fewstep.recipes.pipeline import Distillation
 from fewstep.recipes.teacher import folder_of
 
 GIB = 2**30
+MOMENTS = {False: 8.0, True: 2 * (1 + 4 / 256)}  # bytes of both; in 8 bits, 256 of them share a scale
 BLOCKS = 3  # of a sharded network that are whole at once: one that computes, the next one, and gradients of a third
 CONTEXT = 1.0 * GIB  # what a CUDA process takes before the first tensor, and what fragments
 CLIP_TOKENS = 77
@@ -33,8 +34,10 @@ CHANGES: tuple[tuple[str, ...], ...] = (
     ("roles.frozen_dtype=bfloat16",),
     *((f"trajectory.micro_batch={n}", f"distribution.micro_batch={n}") for n in (8, 4)),
     ("roles.checkpointing=true",),
+    ("roles.sharded=false", "roles.eight_bit_moments=true"),
     *((f"trajectory.micro_batch={n}", f"distribution.micro_batch={n}") for n in (2, 1)),
     ("roles.sharded=false", "roles.trained=lora"),
+    ("roles.eight_bit_base=true",),
     ("resolution=512",),
 )
 
@@ -45,6 +48,7 @@ class Network:
 
     Attributes:
         weights: how many.
+        matrices: how many of them are in the blocks' matrices, which may be kept in 8 bits.
         constants: numbers that are stored with them and not trained: the table of positions, a tenth of SD3.5-Medium.
         adapters: how many weights its adapters have.
         kept: what a forward pass of a microbatch keeps for the way back.
@@ -53,6 +57,7 @@ class Network:
     """
 
     weights: int
+    matrices: int
     constants: int
     adapters: int
     kept: int
@@ -98,24 +103,27 @@ def network(pipeline: Distillation, batch: int, config: dict[str, Any] | None = 
     size, tokens = pipeline.resolution // 8 or config["sample_size"], _text_tokens(pipeline)
     rank = chosen.rank if chosen.trained == "lora" else 0
     asked = json.dumps(config), rank, chosen.frozen_dtype, size, tokens
-    weights, constants, own, width, plain, checkpointed = _measured(*asked, min(batch, 2))
+    weights, matrices, constants, own, width, plain, checkpointed = _measured(*asked, min(batch, 2))
     if batch > 2:
-        grown = _measured(*asked, 3)[4:]
+        grown = _measured(*asked, 3)[5:]
         both = zip((plain, checkpointed), grown, strict=True)
         plain, checkpointed = (two + (batch - 2) * (three - two) for two, three in both)
     if not chosen.checkpointing:
-        return Network(weights, constants, own, plain, 0, width)
-    return Network(weights, constants, own, checkpointed, (plain - checkpointed) // config["num_layers"], width)
+        return Network(weights, matrices, constants, own, plain, 0, width)
+    wide = matrices * getattr(torch, chosen.frozen_dtype).itemsize if chosen.eight_bit_base else 0  # for the time of its block
+    again = (plain - checkpointed + wide) // config["num_layers"]
+    return Network(weights, matrices, constants, own, checkpointed, again, width)
 
 
 @lru_cache(maxsize=64)
-def _measured(config: str, rank: int, dtype: str, size: int, tokens: int, batch: int) -> tuple[int, int, int, int, int, int]:
-    """Weights, constants, weights of adapters, width, and bytes kept for the way back: without and with checkpointing."""
+def _measured(config: str, rank: int, dtype: str, size: int, tokens: int, batch: int) -> tuple[int, ...]:
+    """As the first fields of `Network`; width; bytes kept for the way back, without and with checkpointing."""
     sd3.quiet()
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(config).items()}
     with torch.device("meta"):
         made = SD3Transformer2DModel(**settings).to(getattr(torch, dtype) if rank else torch.float32)
     weights, constants = (sum(t.numel() for t in tensors) for tensors in (made.parameters(), made.buffers()))
+    matrices = sum(p.numel() for name, p in made.named_parameters() if name.startswith("transformer_blocks") and p.ndim == 2)
     if rank:
         adapters.add(made, rank, 0)
     own = sum(p.numel() for name, p in made.named_parameters() if ".lora_" in name)
@@ -126,7 +134,7 @@ def _measured(config: str, rank: int, dtype: str, size: int, tokens: int, batch:
         cond = TextCond(told, torch.empty(batch, made.config.pooled_projection_dim))
         plain = kept(made, x, cond)
         made.enable_gradient_checkpointing()
-        return weights, constants, own, made.inner_dim, plain, kept(made, x, cond)
+        return weights, matrices, constants, own, made.inner_dim, plain, kept(made, x, cond)
 
 
 def kept(made: SD3Transformer2DModel, x: Tensor, cond: TextCond, compute: torch.dtype | None = torch.bfloat16) -> int:
@@ -158,14 +166,15 @@ def phases(pipeline: Distillation, config: dict[str, Any] | None = None, count: 
     first, second = (network(pipeline, c.micro_batch or c.batch, config) for c in (t, d))
     narrow = getattr(torch, pipeline.roles.frozen_dtype).itemsize
     full = pipeline.roles.trained == "full"
-    whole = first.weights + first.constants
-    frozen = {"teacher": whole * narrow, "autoencoder": architectures.AUTOENCODER_WEIGHTS * narrow, "context": CONTEXT}
+    base = (first.weights + first.constants) * narrow - (first.matrices * (narrow - 1) if pipeline.roles.eight_bit_base else 0)
+    moments = MOMENTS[pipeline.roles.eight_bit_moments]
+    frozen = {"teacher": base, "autoencoder": architectures.AUTOENCODER_WEIGHTS * narrow, "context": CONTEXT}
     share = count if pipeline.roles.sharded else 1
     trained = (first.weights if full else first.adapters) / share
     encoders = {"text encoders": sum(architectures.ENCODER_WEIGHTS.values()) * narrow}
     copied = trained + (first.constants if full else 0)
-    student = {"student": 4.0 * copied, "student's moments": 8.0 * trained, "student's average": 4.0 * trained}
-    proxy = {"proxy": 4.0 * copied, "proxy's moments": 8.0 * trained}
+    student = {"student": 4.0 * copied, "student's moments": moments * trained, "student's average": 4.0 * trained}
+    proxy = {"proxy": 4.0 * copied, "proxy's moments": moments * trained}
     head = sum(p.numel() for p in heads.build(second.width, d.adversary.hidden, range(d.adversary.heads)).parameters())
     adversary = {"heads": 16.0 * head} if d.adversary.weight > 0 else {}
     gradients = {"gradients": 4.0 * trained}

@@ -17,7 +17,7 @@ from fewstep.engine.artifact import Artifact
 from fewstep.engine.precision import fast_dtype
 from fewstep.flow import Velocity
 from fewstep.guidance import guided
-from fewstep.models import roles, sd3
+from fewstep.models import eight_bit, roles, sd3
 from fewstep.recipes.pipeline import Distillation
 from fewstep.solvers import in_chunks
 from fewstep.stages import evaluate
@@ -106,6 +106,8 @@ def open_networks(folder: Path, config: roles.Config, without: Sequence[str] = (
     pipe = sd3.load(folder, getattr(torch, config.frozen_dtype), without)
     pipe.transformer.to(config.place)
     pipe.vae.to(config.place)
+    if config.eight_bit_base:
+        eight_bit.quantize(pipe.transformer)
     return pipe
 
 
@@ -133,7 +135,8 @@ def velocity_of(folder: Path, config: roles.Config, encode: Encode, at_once: int
     """
     record = artifact.read(folder, "teacher")
     pipe = sd3.load(folder, getattr(torch, config.frozen_dtype), (*sd3.ENCODERS, "vae"))
-    network = sd3.velocity(pipe.transformer.to(config.place), fast_dtype(config.place))
+    made = pipe.transformer.to(config.place)
+    network = sd3.velocity(eight_bit.quantize(made) if config.eight_bit_base else made, fast_dtype(config.place))
     return guided(in_chunks(network, at_once) if at_once else network, encode([""]), record.guidance_scale)
 
 

@@ -277,12 +277,13 @@ def begin(
     """The state before the first update; arguments as in `refine`."""
     students = {name: roles.trainable(network, given.trained, config.seed) for name, network in starts.items()}
     proxy = roles.trainable(given.proxy, given.trained, noise.address(config.seed, 0, ADAPTER))
+    small = given.trained.eight_bit_moments
     return State(
         students=students,
-        optimizers={name: Optimizer(network.named_parameters(), config.optim) for name, network in students.items()},
+        optimizers={name: Optimizer(network.named_parameters(), config.optim, small) for name, network in students.items()},
         averages={name: EMA({"student": network}, config.ema_half_life_images) for name, network in students.items()},
         proxy=proxy,
-        proxy_optimizer=Optimizer(proxy.named_parameters(), config.proxy_optim),
+        proxy_optimizer=Optimizer(proxy.named_parameters(), config.proxy_optim, small),
         heads=Adversary(config.adversary, proxy, config.seed) if config.adversary.weight > 0 else None,
         branch_at=branch_at,
         order=turns(given.stored.grid, branch_at),

@@ -98,7 +98,7 @@ def run(
         FloatingPointError: when the loss is not finite.
     """
     student = roles.trainable(teacher, trained, config.seed)
-    optimizer = Optimizer(student.named_parameters(), config.optim)
+    optimizer = Optimizer(student.named_parameters(), config.optim, trained.eight_bit_moments)
     ema = EMA({"student": student}, config.ema_half_life_images)
     conditions, last_step = embeddings.conditions(encode, stored.prompts), len(stored.grid) - 1
 
