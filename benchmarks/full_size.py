@@ -16,6 +16,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def network(config: dict[str, Any], dtype: torch.dtype, device: str) -> SD3Trans
             made = SD3Transformer2DModel(**config)
     finally:
         torch.set_default_dtype(default)
-    return made.requires_grad_(False).eval()
+    return made.to(dtype).requires_grad_(False).eval()  # the table of positions, too
 
 
 def conditions(config: dict[str, Any], count: int) -> TextCond:
@@ -129,9 +130,22 @@ def training(pipeline: Distillation, config: dict[str, Any], device: str) -> dic
     stored, cond = Trajectories(tuple(x), [str(k) for k in range(STORED)], grid), conditions(config, STORED)
     forward = forward_tflop(frozen, x[:1, 0], cond[:1], device)
     out: dict[str, Any] = {"recipe": pipeline.name, "pixels": 8 * size, "forward_tflop": forward, "settings": to_dict(pipeline)}
-    out["trajectory"] = first_stage(pipeline, frozen, stored, cond, forward)
-    out["distribution"] = second_stage(pipeline, frozen, stored, cond, forward)
+    for name, stage in (("trajectory", first_stage), ("distribution", second_stage)):
+        out[name], most = allocated(lambda stage=stage: stage(pipeline, frozen, stored, cond, forward), device)  # type: ignore[misc]
+        there = sum(tensor.numel() * tensor.itemsize for tensor in (*frozen.parameters(), *frozen.buffers()))
+        out[name] |= {"peak_gib": (most + there) / memory.GIB} if most else {}
     return out
+
+
+def allocated(call: Callable[[], dict[str, Any]], device: str) -> tuple[dict[str, Any], int]:
+    """What a call returns, and the most memory that it took on a CPU, by PyTorch's allocator; 0 on a GPU, which counts itself."""
+    if device != "cpu":
+        return call(), 0
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        made = call()
+    events = profiler.profiler.kineto_results.events()
+    sizes = [size for _, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")]
+    return made, max(accumulate(sizes))
 
 
 def forward_tflop(frozen: SD3Transformer2DModel, x: torch.Tensor, cond: TextCond, device: str) -> float:
@@ -202,7 +216,7 @@ def measured(update: Callable[[int], object], batch: int, tflop_an_image: float,
 
 def compare(made: dict[str, Any], pipeline: Distillation, config: dict[str, Any]) -> None:
     """Set the planned peak beside the measured one."""
-    planned = {phase.name: phase for phase in memory.phases(pipeline, config)}
+    planned = {phase.name: phase for phase in memory.phases(pipeline, config, compute=fast_dtype(pipeline.roles.place))}
     for stage in ("trajectory", "distribution"):
         parts = planned[stage].parts
         counted = sum(size for name, size in parts.items() if name not in ("context", "autoencoder"))  # what is not here

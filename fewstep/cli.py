@@ -253,7 +253,7 @@ def lora_check(
         prompts: file of prompts; those of the bundled world by default.
         count: prompts that are drawn.
         seeds: images of each.
-        resolution: pixels of an image's side, such as the 512 of a frugal recipe; the teacher's own by default.
+        resolution: pixels of an image's side; the student's own by default.
     """
     from fewstep.recipes import lora_check as check
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fewstep.engine import health
+from fewstep.engine.config import override
 from fewstep.worlds.shapes.grammar import parse
 from fewstep.worlds.shapes.prompts import training_scene
 
@@ -55,3 +56,14 @@ def test_every_broken_run_of_the_gallery_is_caught_by_what_gives_it_away(name: s
 
 def test_nothing_is_said_of_a_healthy_run_that_the_bands_have_not_seen() -> None:
     assert said_of(GALLERY.UNSEEN) == set()
+
+
+def test_the_plan_is_what_the_allocator_tells() -> None:
+    """Memory as planned without numbers, against what two updates of each stage really took."""
+    full_size = load("full_size")
+    for name, pipeline in full_size.rehearsals("tiny", 8):
+        pipeline = override(pipeline, ["roles.frozen_dtype=float32"])  # tests are held to AVX2
+        made = full_size.training(pipeline, full_size.TINY, "cpu")
+        full_size.compare(made, pipeline, full_size.TINY)
+        for stage in ("trajectory", "distribution"):
+            assert 0.85 < made[stage]["plan_over_measured"] < 1.15, (name, stage, made[stage])

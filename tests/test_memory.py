@@ -20,8 +20,8 @@ from fewstep.recipes.pipeline import Distillation
 TOKENS = 20
 
 
-def real(trained: str, again: bool, batch: int) -> int:
-    """Bytes that a real network keeps, in float32."""
+def real(trained: str, again: bool, batch: int) -> tuple[int, int]:
+    """Bytes that a real network keeps, and needs on the way back, in float32."""
     network = tiny_pipe().transformer
     if trained == "lora":
         network = adapters.share(network)
@@ -33,22 +33,18 @@ def real(trained: str, again: bool, batch: int) -> int:
     config = network.config
     told = torch.randn(batch, TOKENS, config.joint_attention_dim)
     cond = TextCond(told, torch.randn(batch, config.pooled_projection_dim))
-    return memory.kept(network, torch.randn(batch, 16, 8, 8), cond, None)
+    return memory.way_back(network, torch.randn(batch, 16, 8, 8), cond, True, None)
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
 @pytest.mark.parametrize("trained", ["full", "lora"])
-def test_what_is_recorded_without_numbers_is_what_a_network_keeps(
-    trained: str, again: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(memory.kept, "__defaults__", (None,))  # float32, as above
-    memory._measured.cache_clear()
+def test_what_is_recorded_without_numbers_is_what_a_network_needs(trained: str, again: bool) -> None:
     config = json.dumps({k: v for k, v in tiny_pipe().transformer.config.items() if not k.startswith("_")})
-    rank, which = (4 if trained == "lora" else 0), (6 if again else 5)
-    recorded = {n: memory._measured(config, rank, "float32", 8, TOKENS, n)[which] for n in (1, 2, 3)}
-    memory._measured.cache_clear()
+    rank = 4 if trained == "lora" else 0
+    recorded = {n: memory._measured(config, rank, "float32", 8, TOKENS, again, True, None, n)[5:] for n in (1, 2, 3)}
     assert recorded == {n: real(trained, again, n) for n in recorded}
-    assert recorded[2] + 3 * (recorded[3] - recorded[2]) == real(trained, again, 5)  # it grows evenly with the batch
+    grown = tuple(two + 3 * (three - two) for two, three in zip(recorded[2], recorded[3], strict=True))
+    assert grown == real(trained, again, 5)  # it grows evenly with the batch
 
 
 def test_weights_are_counted(teacher_folder: Path) -> None:

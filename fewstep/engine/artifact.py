@@ -36,6 +36,7 @@ class Artifact:
         guidance_scale: to sample with; 1 is off.
         t5_tokens: T5 tokens it was trained with: `max_sequence_length` of the stock pipeline.
         images_seen: training images of this stage.
+        resolution: pixels of an image's side that it was made for; 0 is the network's own.
         parents: sha256 of the weights it was made from, by kind.
         weights: sha256 of its own transformer weights.
         metrics: figures of the stage that made it.
@@ -50,6 +51,7 @@ class Artifact:
     guidance_scale: float
     t5_tokens: int
     images_seen: int
+    resolution: int = 0
     parents: dict[str, str] = field(default_factory=dict)
     weights: str = ""
     metrics: dict[str, float] = field(default_factory=dict)

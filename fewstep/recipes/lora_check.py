@@ -63,7 +63,7 @@ def run(
         prompt_file: prompts to draw; report prompts of the bundled world by default.
         count: prompts.
         seeds: images of each.
-        resolution: pixels of an image's side; 0 is what the teacher was made for.
+        resolution: pixels of an image's side; 0 is the student's.
 
     Returns:
         The figures: "kept" and "cosine", each {mean, lo, hi}, and what they were made with.
@@ -86,7 +86,7 @@ def run(
     own = None if prompt_file is None else [p.text for p in prompt_files.read(prompt_file)]
     texts = prompts.reported(None, count) if own is None else own[:count]
     drawn = [
-        _draw(folder, record, texts, seeds, lora if with_it else None, scale, resolution)
+        _draw(folder, record, texts, seeds, lora if with_it else None, scale, resolution or made.resolution)
         for folder, record in ((source, origin), (student, made))
         for with_it in (False, True)
     ]

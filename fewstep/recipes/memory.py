@@ -1,7 +1,7 @@
 """How much memory a distillation takes on its device, and what would make it fit, before anything is loaded.
 
-Weights, gradients, moments and averages are counted. What a network keeps for the way back is not estimated but recorded:
-the network runs through its forward pass with tensors that have a shape and no memory.
+Weights, gradients, moments and averages are counted. What else a network needs is not estimated but recorded: it runs
+forward and back with tensors that have a shape and no memory.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fewstep.conditioning import TextCond
 from fewstep.engine import artifact
+from fewstep.engine.allocations import Allocations
 from fewstep.engine.config import override
 from fewstep.models import adapters, architectures, heads, sd3
 from fewstep.recipes.pipeline import Distillation
@@ -52,7 +53,7 @@ class Network:
         constants: numbers that are stored with them and not trained: the table of positions, a tenth of SD3.5-Medium.
         adapters: how many weights its adapters have.
         kept: what a forward pass of a microbatch keeps for the way back.
-        again: what one block keeps while it is computed again; 0 without checkpointing.
+        peak: the most there is on the way back, besides weights and gradients.
         width: of a token.
     """
 
@@ -61,7 +62,7 @@ class Network:
     constants: int
     adapters: int
     kept: int
-    again: int
+    peak: int
     width: int
 
 
@@ -94,30 +95,50 @@ def _read(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in raw.items() if not name.startswith("_")}
 
 
-def network(pipeline: Distillation, batch: int, config: dict[str, Any] | None = None) -> Network:
-    """Measure the transformer of a distillation without its weights, for forward passes of `batch` images.
+def network(
+    pipeline: Distillation,
+    batch: int,
+    config: dict[str, Any] | None = None,
+    more: bool = True,
+    compute: torch.dtype | None = torch.bfloat16,
+) -> Network:
+    """Measure the transformer of a distillation without its weights, for passes of `batch` images.
 
-    From two images on, what is kept grows evenly with the batch (a single one needs no copies where others broadcast).
+    Args:
+        pipeline: settings.
+        batch: images at once. From two on, what is kept grows evenly with them (a single one needs no copies where others
+            broadcast), so that any number is told by two and three.
+        config: stands in for the teacher's transformer configuration.
+        more: gradients of an earlier microbatch are there already; else they come to be as what was kept goes.
+        compute: type that networks are run in; None is that of their weights.
     """
     config, chosen = config or configuration(pipeline), pipeline.roles
     size, tokens = pipeline.resolution // 8 or config["sample_size"], _text_tokens(pipeline)
     rank = chosen.rank if chosen.trained == "lora" else 0
-    asked = json.dumps(config), rank, chosen.frozen_dtype, size, tokens
-    weights, matrices, constants, own, width, plain, checkpointed = _measured(*asked, min(batch, 2))
+    asked = json.dumps(config), rank, chosen.frozen_dtype, size, tokens, chosen.checkpointing, more, compute
+    weights, matrices, constants, own, width, *back = _measured(*asked, min(batch, 2))
     if batch > 2:
         grown = _measured(*asked, 3)[5:]
-        both = zip((plain, checkpointed), grown, strict=True)
-        plain, checkpointed = (two + (batch - 2) * (three - two) for two, three in both)
-    if not chosen.checkpointing:
-        return Network(weights, matrices, constants, own, plain, 0, width)
-    wide = matrices * getattr(torch, chosen.frozen_dtype).itemsize if chosen.eight_bit_base else 0  # for the time of its block
-    again = (plain - checkpointed + wide) // config["num_layers"]
-    return Network(weights, matrices, constants, own, checkpointed, again, width)
+        back = [two + (batch - 2) * (three - two) for two, three in zip(back, grown, strict=True)]
+    kept, peak = back
+    if chosen.eight_bit_base:  # a block's matrices are wide for the time of its way back
+        peak += matrices * getattr(torch, chosen.frozen_dtype).itemsize // config["num_layers"]
+    return Network(weights, matrices, constants, own, kept, peak, width)
 
 
 @lru_cache(maxsize=64)
-def _measured(config: str, rank: int, dtype: str, size: int, tokens: int, batch: int) -> tuple[int, ...]:
-    """As the first fields of `Network`; width; bytes kept for the way back, without and with checkpointing."""
+def _measured(
+    config: str,
+    rank: int,
+    dtype: str,
+    size: int,
+    tokens: int,
+    checkpointing: bool,
+    more: bool,
+    compute: torch.dtype | None,
+    batch: int,
+) -> tuple[int, ...]:
+    """The first fields of `Network`; width; bytes kept for the way back, and the most on it besides weights and gradients."""
     sd3.quiet()
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(config).items()}
     with torch.device("meta"):
@@ -129,41 +150,49 @@ def _measured(config: str, rank: int, dtype: str, size: int, tokens: int, batch:
     own = sum(p.numel() for name, p in made.named_parameters() if ".lora_" in name)
     with FakeTensorMode(allow_non_fake_inputs=True):
         made = made.to_empty(device="cpu")
+        if checkpointing:
+            made.enable_gradient_checkpointing()
         x = torch.empty(batch, made.config.in_channels, size, size)
         told = torch.empty(batch, tokens, made.config.joint_attention_dim)
         cond = TextCond(told, torch.empty(batch, made.config.pooled_projection_dim))
-        plain = kept(made, x, cond)
-        made.enable_gradient_checkpointing()
-        return weights, matrices, constants, own, made.inner_dim, plain, kept(made, x, cond)
+        return weights, matrices, constants, own, made.inner_dim, *way_back(made, x, cond, more, compute)
 
 
-def kept(made: SD3Transformer2DModel, x: Tensor, cond: TextCond, compute: torch.dtype | None = torch.bfloat16) -> int:
-    """Bytes of distinct storages that a forward pass saves for the way back, weights not counted."""
-    weights = {p.untyped_storage()._cdata for p in made.parameters()}
-    found: dict[int, tuple[int, Any]] = {}
+def way_back(
+    made: SD3Transformer2DModel, x: Tensor, cond: TextCond, more: bool, compute: torch.dtype | None
+) -> tuple[int, int]:
+    """Bytes kept for the way back, and the most there are on it; weights and their gradients are not counted."""
+    trained = [p for p in made.parameters() if p.requires_grad]
+    if more:
+        for p in trained:
+            p.grad = torch.zeros_like(p)
+    before = [*made.parameters(), *made.buffers(), *(p.grad for p in trained if p.grad is not None)]
+    with Allocations([*before, x, cond.tokens, cond.pooled]) as found:
+        loss = sd3.velocity(made, compute)(x, torch.ones(len(x)), cond).square().mean()
+        kept = found.live
+        loss.backward()
+    gradients = 0 if more else sum(p.numel() * p.itemsize for p in trained)
+    return kept, max(found.peak - gradients, 0)
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            found[storage._cdata] = storage.nbytes(), storage  # held, so that no other one gets its number
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        sd3.velocity(made, compute)(x, torch.ones(len(x)), cond)
-    return sum(size for size, _ in found.values())
-
-
-def phases(pipeline: Distillation, config: dict[str, Any] | None = None, count: int = 1) -> list[Phase]:
+def phases(
+    pipeline: Distillation,
+    config: dict[str, Any] | None = None,
+    count: int = 1,
+    compute: torch.dtype | None = torch.bfloat16,
+) -> list[Phase]:
     """The fullest moment of each stage that trains, of encoding prompts, and of another teacher's work.
 
     Args:
         pipeline: settings.
         config: stands in for the teacher's transformer configuration.
-        count: GPUs; all that counts here is whether they divide the networks among them.
+        count: GPUs, which share a batch, and perhaps the networks.
+        compute: as in `network`.
     """
     config = config or configuration(pipeline)
     t, d = pipeline.trajectory, pipeline.distribution
-    first, second = (network(pipeline, c.micro_batch or c.batch, config) for c in (t, d))
+    own = [(c.batch // count, min(c.micro_batch or c.batch, c.batch // count)) for c in (t, d)]
+    first, second = (network(pipeline, at_once, config, at_once < batch, compute) for batch, at_once in own)
     narrow = getattr(torch, pipeline.roles.frozen_dtype).itemsize
     full = pipeline.roles.trained == "full"
     base = (first.weights + first.constants) * narrow - (first.matrices * (narrow - 1) if pipeline.roles.eight_bit_base else 0)
@@ -181,12 +210,12 @@ def phases(pipeline: Distillation, config: dict[str, Any] | None = None, count: 
     if share > 1:
         gradients["blocks put together"] = 4.0 * BLOCKS * first.weights / config["num_layers"]
     graphs = 2 if d.trajectory_weight > 0 else 1  # matching and trajectory guidance go back together
-    back = {"kept for the way back": float(graphs * second.kept + second.again)}
+    back = {"the way back": float((graphs - 1) * second.kept + second.peak)}
     out = [Phase("text conditions", {"context": CONTEXT} | encoders)] if pipeline.evaluate.benchmark == "pictures" else []
     if pipeline.data_teacher:
         other = network(pipeline, 1, _read(Path(pipeline.data_teacher)))
         out.append(Phase("data teacher", frozen | {"data teacher": (other.weights + other.constants) * narrow}))
-    out.append(Phase("trajectory", frozen | student | gradients | {"kept for the way back": float(first.kept + first.again)}))
+    out.append(Phase("trajectory", frozen | student | gradients | {"the way back": float(first.peak)}))
     out.append(Phase("distribution", frozen | student | proxy | adversary | gradients | back))
     if not pipeline.split.skip and len(pipeline.grid) > 3:
         branches = {f"{name}s of two branches" if name == "student" else name: 2 * size for name, size in student.items()}

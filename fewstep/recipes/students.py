@@ -33,6 +33,7 @@ def record(
         guidance_scale=1.0,
         t5_tokens=teacher.record.t5_tokens,
         images_seen=images,
+        resolution=pipeline.resolution,
         parents={"teacher": teacher.record.weights, **{p.kind: p.weights for p in parents}},
         metrics=metrics or {},
         config=to_dict(config),
