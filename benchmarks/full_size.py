@@ -138,7 +138,7 @@ def training(pipeline: Distillation, config: dict[str, Any], device: str) -> dic
 
 
 def allocated(call: Callable[[], dict[str, Any]], device: str) -> tuple[dict[str, Any], int]:
-    """What a call returns, and the most memory that it took on a CPU, by PyTorch's allocator; 0 on a GPU, which counts itself."""
+    """What a call returns, and the most memory it took on a CPU, by PyTorch's allocator; 0 on a GPU, which counts itself."""
     if device != "cpu":
         return call(), 0
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:

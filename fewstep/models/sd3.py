@@ -75,7 +75,8 @@ def velocity(transformer: nn.Module | Callable[..., Any], autocast: torch.dtype 
 
     def call(x_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
         device, compute = place(transformer, x_t), autocast or narrow(transformer)
-        with torch.autocast(device.type, compute) if compute else nullcontext():
+        # each weight is used once: a cache of its narrow copy would only take memory
+        with torch.autocast(device.type, compute, cache_enabled=False) if compute else nullcontext():
             out = transformer(
                 hidden_states=x_t.to(device),
                 timestep=(t.float() * TRAIN_TIMESTEPS).to(device),
@@ -132,7 +133,7 @@ def features(
     device, compute = transformer.device, autocast or narrow(transformer)
     divided = isinstance(transformer, FSDPModule)  # puts its weights together where its own methods are called
     read = transformer.tokens_after if divided else partial(tokens_after, transformer)
-    with torch.autocast(device.type, compute) if compute else nullcontext():
+    with torch.autocast(device.type, compute, cache_enabled=False) if compute else nullcontext():
         times = (t.float() * TRAIN_TIMESTEPS).to(device)
         found: tuple[Tensor, ...] = read(x_t.to(device), times, cond.pooled.to(device), cond.tokens.to(device), blocks)
     return found

@@ -192,7 +192,8 @@ def phases(
     config = config or configuration(pipeline)
     t, d = pipeline.trajectory, pipeline.distribution
     own = [(c.batch // count, min(c.micro_batch or c.batch, c.batch // count)) for c in (t, d)]
-    first, second = (network(pipeline, at_once, config, at_once < batch, compute) for batch, at_once in own)
+    divided = pipeline.roles.sharded and count > 1  # of gradients that come to be, each process keeps its share alone
+    first, second = (network(pipeline, at_once, config, divided or at_once < batch, compute) for batch, at_once in own)
     narrow = getattr(torch, pipeline.roles.frozen_dtype).itemsize
     full = pipeline.roles.trained == "full"
     base = (first.weights + first.constants) * narrow - (first.matrices * (narrow - 1) if pipeline.roles.eight_bit_base else 0)
