@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from fewstep.engine import ranks
@@ -140,7 +141,8 @@ def _read(folder: Path, divided: Collection[str]) -> dict[str, Tensor]:
         return load_file(folder / WHOLE)
     reader = dcp.HuggingFaceStorageReader(str(folder))
     known = reader.read_metadata().state_dict_metadata.items()
-    tensors = {name: ranks.empty(t.size, t.properties.dtype, name in divided) for name, t in known}
+    told = {name: t for name, t in known if isinstance(t, TensorStorageMetadata)}
+    tensors = {name: ranks.empty(t.size, t.properties.dtype, name in divided) for name, t in told.items()}
     dcp.load(tensors, storage_reader=reader, no_dist=ranks.count() < 2)
     return tensors
 

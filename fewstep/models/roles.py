@@ -136,11 +136,12 @@ def gathered(network: SD3Transformer2DModel) -> SD3Transformer2DModel:
 
     A network that is not divided is given back.
     """
+    shares = network.state_dict()
     if not isinstance(network, FSDPModule):
         return network
     made = _blank(network).requires_grad_(False).eval()
     state = {}
-    for name, tensor in network.state_dict().items():
+    for name, tensor in shares.items():
         together = ranks.whole(tensor)
         if ranks.first():
             state[name] = together.cpu()
