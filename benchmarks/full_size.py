@@ -33,7 +33,7 @@ from fewstep.engine.optim import Optimizer
 from fewstep.engine.precision import fast_dtype
 from fewstep.grids import STUDENT_GRIDS
 from fewstep.guidance import guided
-from fewstep.models import architectures, roles, sd3
+from fewstep.models import architectures, eight_bit, roles, sd3
 from fewstep.recipes import memory
 from fewstep.recipes.pipeline import Distillation, build
 from fewstep.solvers import in_chunks, rollout
@@ -125,6 +125,8 @@ def training(pipeline: Distillation, config: dict[str, Any], device: str) -> dic
     """One update of stages `trajectory` and `distribution`, each after one that warms up."""
     pipeline = override(pipeline, [f"roles.device={device}"])
     frozen = network(config, getattr(torch, pipeline.roles.frozen_dtype), device)
+    if pipeline.roles.eight_bit_base:
+        eight_bit.quantize(frozen)
     size, grid = pipeline.resolution // 8 or config["sample_size"], pipeline.grid
     x = torch.randn(STORED, len(grid), 16, size, size, generator=torch.Generator().manual_seed(2))
     stored, cond = Trajectories(tuple(x), [str(k) for k in range(STORED)], grid), conditions(config, STORED)
@@ -160,7 +162,7 @@ def first_stage(
 ) -> dict[str, Any]:
     """An update of stage `trajectory`."""
     config, student = pipeline.trajectory, roles.trainable(frozen, pipeline.roles, 1)
-    optimizer = Optimizer(student.named_parameters(), config.optim)
+    optimizer = Optimizer(student.named_parameters(), config.optim, pipeline.roles.eight_bit_moments)
     average = EMA({"student": student}, config.ema_half_life_images)
 
     def update(seen: int) -> None:

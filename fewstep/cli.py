@@ -21,6 +21,7 @@ RECIPE_HELP = "; ".join(f"{name}: {purpose}" for name, purpose in RECIPES.items(
 def _prepare() -> None:
     """All cores, no advice of libraries that a user cannot act on."""
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass.*")  # peft's merging, which is not used
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tiny import tiny_recipe
 
-from fewstep.data import trajectories
+from fewstep.data import shards, trajectories
 from fewstep.engine import checkpoint
 from fewstep.engine.loop import train
 from fewstep.evaluate import outcomes
@@ -24,7 +24,7 @@ SHARD = 2  # small shards, so that trajectories are written in three
 
 # Where to die: the function whose CALL-th call is the last thing done.
 PLACES: dict[str, tuple[Any, str]] = {
-    "trajectories": (trajectories, "save_file"),  # a shard is written, but has not its name yet
+    "trajectories": (shards.TarWriter, "close"),  # a shard is written, but has not its name yet
     "trajectory": (trajectory, "update"),
     "checkpoint": (checkpoint, "save_file"),  # a checkpoint is half-written
     "distribution": (distribution, "student_update"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fewstep.engine import ranks
 from fewstep.engine.loop import train
 from fewstep.models import roles
 from fewstep.recipes import execute
+from fewstep.recipes.pipeline import Distillation
 from fewstep.stages import distribution
 
 ROLES = {
@@ -23,6 +25,16 @@ ROLES = {
     "lora": roles.Config(trained="lora", rank=4),
     "sharded": roles.Config(sharded=True, checkpointing=True),
 }
+
+
+def recipe(teacher: Path, trained: str) -> Distillation:
+    """A tiny distillation; divided networks meet every switch that touches their weights."""
+    made = tiny_recipe(teacher, 4, roles=ROLES[trained])
+    if trained != "sharded":
+        return made
+    d = made.distribution
+    heads, looks = replace(d.adversary, joint=True), replace(d.health, action="roll_back")  # remembers the best average
+    return replace(made, distribution=replace(d, ida=0.9, adversary=heads, health=looks))
 
 
 def main(teacher: str, out: str, trained: str, stages: str, killed: str = "") -> None:
@@ -42,7 +54,7 @@ def main(teacher: str, out: str, trained: str, stages: str, killed: str = "") ->
 
         distribution.update = dying
     for stage in stages.split(","):
-        execute.run(tiny_recipe(Path(teacher), 4, roles=ROLES[trained]), Path(out), stage)
+        execute.run(recipe(Path(teacher), trained), Path(out), stage)
     ranks.end()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from fewstep.engine import checkpoint
 from fewstep.engine.checkpoint import found, pack, restore, save, unpack, whole_folder
@@ -160,3 +163,23 @@ def test_states_of_optimisers_have_numbers_for_keys(tmp_path: Path) -> None:
     _, other = make()
     restore(tmp_path, {"optimizer": other})
     assert same(before, other.state_dict())
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """It does not say what is divided, and nothing was."""
+    save(tmp_path, {"a": Held({"w": torch.arange(3.0)})}, 8)
+    record = tmp_path / "checkpoint-8" / "state.json"
+    written = json.loads(record.read_text())
+    del written["divided"]
+    record.write_text(json.dumps(written))
+    held = Held()
+    assert restore(tmp_path, {"a": held}) == 8 and torch.equal(held.value["w"], torch.arange(3.0))
+
+
+def test_a_full_disk_under_shares_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise CheckpointException("save", {1: (OSError(28, "No space left on device"), traceback.StackSummary())})
+
+    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    with pytest.raises(OSError, match=r"could not be written: process 1: .*No space left"):
+        checkpoint._write_shares(tmp_path, {})

@@ -15,9 +15,9 @@ import yaml
 from safetensors import SafetensorError
 from tiny import Call, tiny_pipe, tiny_recipe
 
-from fewstep.data import trajectories
+from fewstep.data import shards
 from fewstep.engine import artifact
-from fewstep.engine.config import from_dict, to_dict
+from fewstep.engine.config import from_dict, override, to_dict
 from fewstep.recipes import RECIPES, budget, teacher
 from fewstep.recipes.pipeline import build
 from fewstep.worlds.shapes import STUDENT_4, TEACHER
@@ -139,7 +139,7 @@ def test_a_full_disk_and_then_room_again(
 ) -> None:
     words = ["run", "shapes_2step", *tiny(teacher_folder), "--stage", "trajectory", "--out", "o"]
     with monkeypatch.context() as patch:
-        patch.setattr(trajectories, "save_file", error)
+        patch.setattr(shards.TarWriter, "write", error)
         assert "No space left on device" in refused(call, *words)
     assert not list((tmp_path / "o" / "trajectories").iterdir())
     with monkeypatch.context() as patch:
@@ -274,7 +274,9 @@ def test_rates_are_kept_and_tell_the_time_of_other_plans(call: Call, teacher_fol
     measured = budget.measure(tiny_pipe(), recipe, 12, seconds=0.01)
     assert min(measured.forward, measured.train, measured.decode) > 0 and "CPU" in measured.where
     budget.write(file, measured)
-    assert budget.read(file) == measured
+    assert budget.read(file, recipe) == measured
+    with pytest.raises(ValueError, match="was measured for .* this is .*lora"):
+        budget.read(file, override(recipe, ["roles.trained=lora"]))
     settings = [f"teacher={teacher_folder}", "distribution.adversary.heads=2", "resolution=64", "prompts=shapes"]
     words = ["plan", "sd35_medium_4step_frugal", *(word for s in settings for word in ("--set", s))]
     budget.write(file, budget.Speed(1.0, 0.5, 1.0, "a GPU"))
@@ -296,4 +298,5 @@ def test_a_plan_measures_this_machine_when_told_to(call: Call, teacher_folder: P
     file = tmp_path / "here.json"
     code, out, _ = call("plan", "shapes_4step", *tiny(teacher_folder), "--calibrate", str(file))
     assert code == 0 and f"are kept in {file}" in out and "estimated on a CPU" in out
-    assert budget.read(file).where.startswith("a CPU")
+    assert budget.read(file, tiny_recipe(teacher_folder, 4)).where.startswith("a CPU")
+    assert "either --calibrate" in refused(call, "plan", "shapes_4step", "--calibrate", "a", "--calibration", "b")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from tiny import tiny_pipe, tiny_recipe
 
 from fewstep.conditioning import TextCond
+from fewstep.engine.optim import Optim, Optimizer
 from fewstep.models import adapters, eight_bit, roles, sd3
 from fewstep.recipes import execute, students, teacher
 
@@ -78,13 +80,15 @@ def test_what_does_not_go_together_is_refused(changes: dict, message: str) -> No
         replace(SMALL, **changes)
 
 
-def test_without_the_library_its_name_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("torchao", "torchao.quantization", "torchao.optim"):
-        monkeypatch.setitem(sys.modules, name, None)
+def test_without_the_library_its_name_is_told(teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "torchao" else find(name, *rest))
     network = tiny_pipe().transformer
     with pytest.raises(ValueError, match=r"pip install 'fewstep\[quant\]'"):
         eight_bit.quantize(network)
-    from fewstep.engine.optim import Optim, Optimizer
-
+    with pytest.raises(ValueError, match=r"pip install 'fewstep\[quant\]'"):  # before anything is made
+        execute.run(tiny_recipe(teacher_folder, 4, roles=SMALL), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
     with pytest.raises(ValueError, match=r"pip install 'fewstep\[quant\]'"):
         Optimizer(network.named_parameters(), Optim(), eight_bit=True)

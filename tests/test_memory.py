@@ -87,6 +87,10 @@ def test_networks_that_are_divided_take_their_share(teacher_folder: Path, monkey
     capacity = max(phase.total for phase in memory.phases(plain, count=4)) - 1
     assert memory.remedy(plain, capacity, 4) == ["roles.sharded=true"]
     assert "roles.sharded=true" not in memory.remedy(plain, capacity)
+    words = memory.remedy(pipeline, max(phase.total for phase in memory.phases(pipeline, count=4)) - 1, 4)
+    assert words and all("micro_batch" in w or "dtype" in w for w in words)  # the same student, not another one
+    adapted = replace(pipeline, roles=roles.Config(trained="lora", rank=4))
+    assert "roles.sharded=true" not in memory.remedy(adapted, max(p.total for p in memory.phases(adapted, count=4)) - 1, 4)
 
 
 def test_another_teacher_is_counted_where_it_works(teacher_folder: Path) -> None:

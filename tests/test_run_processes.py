@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import ROLES
-from tiny import tiny_recipe
+from processes import recipe
 
 from fewstep.engine import ranks
 from fewstep.engine.log import read_metrics
@@ -28,7 +27,7 @@ def start(count: int, *words: object) -> subprocess.CompletedProcess[str]:
 
 def alone(teacher_folder: Path, out: Path, trained: str) -> None:
     for stage in TRAINED:
-        execute.run(tiny_recipe(teacher_folder, 4, roles=ROLES[trained]), out, stage)
+        execute.run(recipe(teacher_folder, trained), out, stage)
 
 
 def same(one: Path, other: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,7 +144,9 @@ def _read(folder: Path, divided: Collection[str]) -> dict[str, Tensor]:
     known = reader.read_metadata().state_dict_metadata.items()
     told = {name: t for name, t in known if isinstance(t, TensorStorageMetadata)}
     tensors = {name: ranks.empty(t.size, t.properties.dtype, name in divided) for name, t in told.items()}
-    dcp.load(tensors, storage_reader=reader, no_dist=ranks.count() < 2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what a process alone means
+        dcp.load(tensors, storage_reader=reader, no_dist=ranks.count() < 2)
     return tensors
 
 
@@ -168,7 +171,7 @@ def restore(folder: Path, parts: Mapping[str, Stateful]) -> int:
             f"{whole[-1]} holds {sorted(record['parts'])}, this stage needs {sorted(parts)}: "
             "it was written by another stage or version; choose another --out"
         )
-    tensors = _read(whole[-1], set(record["divided"]))
+    tensors = _read(whole[-1], set(record.get("divided", ())))
     for name, part in parts.items():
         part.load_state_dict(unpack(record["parts"][name], tensors))
     return int(record["images_seen"])

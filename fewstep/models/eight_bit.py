@@ -5,6 +5,8 @@ Each row of a matrix has a scale of its own; a product is computed in the type o
 
 from __future__ import annotations
 
+import importlib.util
+
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
@@ -15,12 +17,21 @@ def quantize(network: SD3Transformer2DModel) -> SD3Transformer2DModel:
     Raises:
         ValueError: torchao is not installed.
     """
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError:
-        raise ValueError("roles.eight_bit_base needs torchao: pip install 'fewstep[quant]'") from None
+    installed()
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
     quantize_(network.transformer_blocks, Int8WeightOnlyConfig())
     return network
+
+
+def installed() -> None:
+    """Refuse where there is no torchao.
+
+    Raises:
+        ValueError: there is none; says how to get it.
+    """
+    if importlib.util.find_spec("torchao") is None:
+        raise ValueError("weights and moments in 8 bits need torchao: pip install 'fewstep[quant]'")
 
 
 def plain(weight: Tensor) -> Tensor:

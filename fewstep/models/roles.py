@@ -66,8 +66,10 @@ class Config:
         """The device itself.
 
         Raises:
-            ValueError: it is not on this machine.
+            ValueError: it is not on this machine, or is named for several processes.
         """
+        if self.device != "auto" and ranks.count() > 1:
+            raise ValueError(f"roles.device = {self.device}: each of several processes has its own; leave it at auto")
         if self.device == "auto":
             return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         device = torch.device(self.device)

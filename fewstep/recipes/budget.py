@@ -37,12 +37,14 @@ class Speed:
         train: forward, backward and update.
         decode: autoencoder and detector together.
         where: the machine, in words.
+        made_for: what was trained, and at which size, in words; "" for anything.
     """
 
     forward: float
     train: float
     decode: float
     where: str = "this machine"
+    made_for: str = ""
 
 
 def measure(pipe: StableDiffusion3Pipeline, pipeline: Distillation, t5_tokens: int, seconds: float = 2.0) -> Speed:
@@ -81,7 +83,13 @@ def measure(pipe: StableDiffusion3Pipeline, pipeline: Distillation, t5_tokens: i
         return calls * at_once / (time.perf_counter() - start)
 
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"a CPU, {torch.get_num_threads()} threads"
-    return Speed(rate(forward), rate(train), 0.7 * rate(lambda: sd3.decode(pipe, x)), where)
+    return Speed(rate(forward), rate(train), 0.7 * rate(lambda: sd3.decode(pipe, x)), where, _work(pipeline))
+
+
+def _work(pipeline: Distillation) -> str:
+    """What rates depend on."""
+    trained, again = pipeline.roles.trained, ", blocks computed again" if pipeline.roles.checkpointing else ""
+    return f"{pipeline.teacher}, {trained}, {pipeline.resolution or 'its own'} pixels{again}"
 
 
 def write(file: Path, speed: Speed) -> None:
@@ -96,11 +104,11 @@ def write(file: Path, speed: Speed) -> None:
     partial.replace(file)
 
 
-def read(file: Path) -> Speed:
+def read(file: Path, pipeline: Distillation) -> Speed:
     """Rates that `write` kept.
 
     Raises:
-        ValueError: no such file, or something else is in it.
+        ValueError: no such file, something else is in it, or the rates of another model, size or way of training.
     """
     try:
         speed = Speed(**json.loads(file.read_text(encoding="utf-8")))
@@ -110,6 +118,8 @@ def read(file: Path) -> Speed:
         raise ValueError(f"{file} does not exist: fewstep plan RECIPE --calibrate {file} makes it") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} holds no rates ({error}): fewstep plan RECIPE --calibrate {file} makes it anew") from None
+    if speed.made_for not in ("", _work(pipeline)):
+        raise ValueError(f"{file} was measured for {speed.made_for}, this is {_work(pipeline)}: --calibrate with it")
     return speed
 
 

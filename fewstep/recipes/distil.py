@@ -12,7 +12,7 @@ from fewstep.engine import artifact, ranks
 from fewstep.engine.checkpoint import whole_folder
 from fewstep.engine.precision import fast_dtype
 from fewstep.flow import Velocity
-from fewstep.models import adapters, roles, sd3
+from fewstep.models import adapters, eight_bit, roles, sd3
 from fewstep.recipes import assess, material, students
 from fewstep.recipes.layout import FOLDER, METRICS, PROXY, timed
 from fewstep.recipes.pipeline import Distillation
@@ -25,8 +25,8 @@ def check(pipeline: Distillation) -> None:
     """Refuse what could only fail after the first stages have run.
 
     Raises:
-        ValueError: no teacher, or one without its transformer; a start that is not its student; no prompts; no such device; a
-            resolution that it does not know; more heads than it has blocks.
+        ValueError: no teacher, or one without its transformer; a start that is not its student; no prompts; no such device; no
+            torchao where it is needed; a resolution that it does not know; more heads than it has blocks.
     """
     folder, adversary = folder_of(pipeline), pipeline.distribution.adversary
     if pipeline.name in SOURCES and not folder.exists():
@@ -42,6 +42,8 @@ def check(pipeline: Distillation) -> None:
     material.usable(pipeline)
     network = json.loads(config.read_text(encoding="utf-8"))
     _ = pipeline.roles.place  # a device that is not there
+    if pipeline.roles.eight_bit_base or pipeline.roles.eight_bit_moments:
+        eight_bit.installed()
     largest = 16 * network["pos_embed_max_size"]
     if pipeline.resolution > largest:
         raise ValueError(f"resolution = {pipeline.resolution}: the teacher knows positions up to {largest} pixels")

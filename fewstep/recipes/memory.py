@@ -35,8 +35,8 @@ CHANGES: tuple[tuple[str, ...], ...] = (
     ("roles.frozen_dtype=bfloat16",),
     *((f"trajectory.micro_batch={n}", f"distribution.micro_batch={n}") for n in (8, 4)),
     ("roles.checkpointing=true",),
-    ("roles.sharded=false", "roles.eight_bit_moments=true"),
     *((f"trajectory.micro_batch={n}", f"distribution.micro_batch={n}") for n in (2, 1)),
+    ("roles.sharded=false", "roles.eight_bit_moments=true"),
     ("roles.sharded=false", "roles.trained=lora"),
     ("roles.eight_bit_base=true",),
     ("resolution=512",),
@@ -196,9 +196,13 @@ def phases(
     first, second = (network(pipeline, at_once, config, divided or at_once < batch, compute) for batch, at_once in own)
     narrow = getattr(torch, pipeline.roles.frozen_dtype).itemsize
     full = pipeline.roles.trained == "full"
-    base = (first.weights + first.constants) * narrow - (first.matrices * (narrow - 1) if pipeline.roles.eight_bit_base else 0)
+    small = pipeline.roles.eight_bit_base
+
+    def base(of: Network) -> int:
+        return (of.weights + of.constants) * narrow - (of.matrices * (narrow - 1) if small else 0)
+
     moments = MOMENTS[pipeline.roles.eight_bit_moments]
-    frozen = {"teacher": base, "autoencoder": architectures.AUTOENCODER_WEIGHTS * narrow, "context": CONTEXT}
+    frozen = {"teacher": base(first), "autoencoder": architectures.AUTOENCODER_WEIGHTS * narrow, "context": CONTEXT}
     share = count if pipeline.roles.sharded else 1
     trained = (first.weights if full else first.adapters) / share
     encoders = {"text encoders": sum(architectures.ENCODER_WEIGHTS.values()) * narrow}
@@ -210,12 +214,13 @@ def phases(
     gradients = {"gradients": 4.0 * trained}
     if share > 1:
         gradients["blocks put together"] = 4.0 * BLOCKS * first.weights / config["num_layers"]
-    graphs = 2 if d.trajectory_weight > 0 else 1  # matching and trajectory guidance go back together
+    # matching and trajectory guidance go back together, and what they keep is there while heads are asked through the proxy
+    graphs = 1 + (d.trajectory_weight > 0) + (d.adversary.weight > 0)
     back = {"the way back": float((graphs - 1) * second.kept + second.peak)}
     out = [Phase("text conditions", {"context": CONTEXT} | encoders)] if pipeline.evaluate.benchmark == "pictures" else []
     if pipeline.data_teacher:
         other = network(pipeline, 1, _read(Path(pipeline.data_teacher)))
-        out.append(Phase("data teacher", frozen | {"data teacher": (other.weights + other.constants) * narrow}))
+        out.append(Phase("data teacher", frozen | {"data teacher": base(other)}))
     out.append(Phase("trajectory", frozen | student | gradients | {"the way back": float(first.peak)}))
     out.append(Phase("distribution", frozen | student | proxy | adversary | gradients | back))
     if not pipeline.split.skip and len(pipeline.grid) > 3:
@@ -234,14 +239,15 @@ def _text_tokens(pipeline: Distillation) -> int:
 def remedy(pipeline: Distillation, capacity: float, count: int = 1) -> list[str]:
     """The settings that make a distillation fit into `capacity` bytes on each of `count` GPUs, as few as will do.
 
-    None where nothing does.
+    Empty where nothing does.
     """
     words: list[str] = []
     for change in ((("roles.sharded=true",),) if count > 1 else ()) + CHANGES:
-        if fits(pipeline, words + list(change), capacity, count):
-            words += change
-            break
+        if _changed(pipeline, words + list(change)) is None:  # refused together with what is set
+            continue
         words += change
+        if fits(pipeline, words, capacity, count):
+            break
     else:
         return []
     for word in list(words):  # what came earlier may no longer be needed
@@ -257,11 +263,15 @@ def _last_of_each(words: list[str]) -> list[str]:
 
 def fits(pipeline: Distillation, words: list[str], capacity: float, count: int = 1) -> bool:
     """Whether a distillation with some settings changed fits; settings that cannot work together do not."""
+    changed = _changed(pipeline, words)
+    return changed is not None and max(phase.total for phase in phases(changed, count=count)) <= capacity
+
+
+def _changed(pipeline: Distillation, words: list[str]) -> Distillation | None:
     try:
-        changed = override(pipeline, _last_of_each(words))
+        return override(pipeline, _last_of_each(words))
     except ValueError:
-        return False
-    return max(phase.total for phase in phases(changed, count=count)) <= capacity
+        return None
 
 
 def parse(gpus: str) -> tuple[int, float]:

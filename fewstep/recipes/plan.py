@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from fewstep.engine import artifact
+from fewstep.engine import artifact, ranks
 from fewstep.engine.config import to_dict
 from fewstep.engine.log import clock
 from fewstep.models import sd3
@@ -54,13 +54,17 @@ def costs(pipeline: Pipeline, gpus: str | None, calibration: Path | None, calibr
     Raises:
         ValueError: not a distillation, a file that holds no rates, or `gpus` as in `memory.report`.
     """
+    if ranks.count() > 1:
+        raise ValueError("a plan is made by one process: start it without torchrun")
+    if calibration and calibrate:
+        raise ValueError("give either --calibrate, which measures, or --calibration, which reads what was measured")
     if not isinstance(pipeline, Distillation):
         if gpus or calibration or calibrate:
             raise ValueError("only distillations have costs to be planned; give the recipe of a distillation")
         return
     if gpus:
         print(f"\n{memory.report(pipeline, gpus)}")
-    speed = budget.read(calibration) if calibration else None
+    speed = budget.read(calibration, pipeline) if calibration else None
     small = pipeline.evaluate.benchmark == "shapes"
     if calibrate or (speed is None and gpus is None and small):
         speed = _measured(pipeline)

@@ -104,10 +104,10 @@ def open_for(pipeline: Distillation, out: Path, texts: Iterable[str] = ()) -> Te
 def open_networks(folder: Path, config: roles.Config, without: Sequence[str] = ()) -> StableDiffusion3Pipeline:
     """A teacher's pipeline, frozen, transformer and autoencoder on the device; `without` are networks left out."""
     pipe = sd3.load(folder, getattr(torch, config.frozen_dtype), without)
+    if config.eight_bit_base:  # before it is on the device, which may have no room for all of it
+        eight_bit.quantize(pipe.transformer)
     pipe.transformer.to(config.place)
     pipe.vae.to(config.place)
-    if config.eight_bit_base:
-        eight_bit.quantize(pipe.transformer)
     return pipe
 
 
@@ -135,8 +135,8 @@ def velocity_of(folder: Path, config: roles.Config, encode: Encode, at_once: int
     """
     record = artifact.read(folder, "teacher")
     pipe = sd3.load(folder, getattr(torch, config.frozen_dtype), (*sd3.ENCODERS, "vae"))
-    made = pipe.transformer.to(config.place)
-    network = sd3.velocity(eight_bit.quantize(made) if config.eight_bit_base else made, fast_dtype(config.place))
+    made = eight_bit.quantize(pipe.transformer) if config.eight_bit_base else pipe.transformer
+    network = sd3.velocity(made.to(config.place), fast_dtype(config.place))
     return guided(in_chunks(network, at_once) if at_once else network, encode([""]), record.guidance_scale)
 
 

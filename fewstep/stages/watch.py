@@ -234,6 +234,7 @@ class Watcher:
         asked = replace(teacher, velocity=in_chunks(teacher.velocity, size)) if isinstance(teacher, Guided) else teacher
         with averaged(students, averages):
             figures, x0 = look(self.held_out, in_chunks(student, size), knows, asked, self.config.seed)
+        figures = ranks.mean(figures)  # all judge by the same numbers
         figures |= of_updates(self.record.means())
         if not self.record.looks:
             figures.pop("proxy_lag", None)  # it has learned nothing yet
