@@ -38,11 +38,12 @@ def recipe(teacher: Path, trained: str) -> Distillation:
 
 
 def main(teacher: str, out: str, trained: str, stages: str, killed: str = "") -> None:
-    """Checkpoint after every update."""
+    """Run stages; where a process is to die, checkpoint after every update."""
     torch.set_num_threads(1)
     ranks.begin()
     assert train.__kwdefaults__ is not None
-    train.__kwdefaults__["checkpoint_every_s"] = -1.0
+    if killed:
+        train.__kwdefaults__["checkpoint_every_s"] = -1.0
     if killed and ranks.rank() == int(killed):
         update, calls = distribution.update, []
 

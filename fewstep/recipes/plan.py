@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 import yaml
 
 from fewstep.engine import artifact, ranks
@@ -87,4 +88,7 @@ def costs(pipeline: Pipeline, gpus: str | None, calibration: Path | None, calibr
 def _measured(pipeline: Distillation) -> budget.Speed:
     folder = teacher.folder_of(pipeline)
     record = artifact.read(folder, "teacher")
-    return budget.measure(teacher.open_networks(folder, pipeline.roles, sd3.ENCODERS), pipeline, record.t5_tokens)
+    try:
+        return budget.measure(teacher.open_networks(folder, pipeline.roles, sd3.ENCODERS), pipeline, record.t5_tokens)
+    except torch.OutOfMemoryError:
+        raise ValueError("there is not enough memory to measure this recipe here: --gpus says what would make it fit") from None
