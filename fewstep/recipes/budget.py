@@ -119,7 +119,7 @@ def read(file: Path, pipeline: Distillation) -> Speed:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} holds no rates ({error}): fewstep plan RECIPE --calibrate {file} makes it anew") from None
     if speed.made_for not in ("", _work(pipeline)):
-        raise ValueError(f"{file} was measured for {speed.made_for}, this is {_work(pipeline)}: --calibrate with it")
+        raise ValueError(f"{file} was measured for {speed.made_for}, this is {_work(pipeline)}: measure it with --calibrate")
     return speed
 
 
