@@ -17,14 +17,14 @@ def quantize(network: SD3Transformer2DModel) -> SD3Transformer2DModel:
     Raises:
         ValueError: torchao is not installed.
     """
-    installed()
+    require()
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantize_(network.transformer_blocks, Int8WeightOnlyConfig())
     return network
 
 
-def installed() -> None:
+def require() -> None:
     """Refuse where there is no torchao.
 
     Raises:

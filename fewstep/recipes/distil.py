@@ -43,7 +43,7 @@ def check(pipeline: Distillation) -> None:
     network = json.loads(config.read_text(encoding="utf-8"))
     _ = pipeline.roles.place  # a device that is not there
     if pipeline.roles.eight_bit_base or pipeline.roles.eight_bit_moments:
-        eight_bit.installed()
+        eight_bit.require()
     largest = 16 * network["pos_embed_max_size"]
     if pipeline.resolution > largest:
         raise ValueError(f"resolution = {pipeline.resolution}: the teacher knows positions up to {largest} pixels")
