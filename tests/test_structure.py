@@ -21,14 +21,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in MATHEMATICS},
     "objectives": set(),
     "models": {"engine"},
+    "formats": {"engine", "models"},
     "engine": set(),
     "worlds": {"engine"},
     "data": {"engine", "objectives", "worlds"},
     "evaluate": {"engine", "worlds"},
     "report": {"engine", "evaluate", "worlds"},
-    "stages": {"engine", "objectives", "models", "worlds", "data", "evaluate", "report"},
-    "recipes": {"engine", "objectives", "models", "worlds", "data", "evaluate", "report", "stages"},
-    "cli": {"engine", "objectives", "models", "worlds", "data", "evaluate", "report", "stages", "recipes"},
+    "stages": {"engine", "objectives", "models", "formats", "worlds", "data", "evaluate", "report"},
+    "recipes": {"engine", "objectives", "models", "formats", "worlds", "data", "evaluate", "report", "stages"},
+    "cli": {"engine", "objectives", "models", "formats", "worlds", "data", "evaluate", "report", "stages", "recipes"},
 }
 TORCH_ONLY = {*MATHEMATICS, "objectives"}
 # Nothing is loaded by pickle (it runs code), and nothing reaches for the network by itself.

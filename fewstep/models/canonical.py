@@ -1,0 +1,101 @@
+"""A denoiser as exports take it: nothing in the file that no image needs, and no operation that half precision breaks.
+
+Every format starts from here, so that what a target lacks is rewritten in one place. The source is ours.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from diffusers import SD3Transformer2DModel
+from diffusers.models.normalization import RMSNorm
+from torch import Tensor, nn
+
+from fewstep.models.sd3 import TRAIN_TIMESTEPS
+
+LEAST = 2.0**-7  # divisor of `SafeRMSNorm`: eps / LEAST^2 is still a number in half precision
+
+
+class Denoiser(nn.Module):
+    """The velocity as a graph: tensors in, a tensor out.
+
+    Inputs are `latents` (B, 16, H, W), `t` (B,) in [0, 1], `tokens` (B, L, D) and `pooled` (B, P); output is (B, 16, H, W).
+    """
+
+    def __init__(self, network: SD3Transformer2DModel) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, latents: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
+        """The velocity eps - x0 at (latents, t)."""
+        out: Tensor = self.network(
+            hidden_states=latents,
+            timestep=t * TRAIN_TIMESTEPS,
+            encoder_hidden_states=tokens,
+            pooled_projections=pooled,
+            return_dict=False,
+        )[0]
+        return out
+
+
+class SafeRMSNorm(nn.Module):
+    """Diffusers' RMSNorm, divided by each row's largest value first: exact in real numbers, and no square overflows.
+
+    In float16 x * x is infinite from |x| = 256, and a converter that drops the upcast returns zeros.
+    """
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rows (..., D) to rows of unit mean square, times the weight."""
+        largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=LEAST)
+        y = x / largest
+        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + (math.sqrt(self.eps) / largest).square())
+        return y if self.weight is None else y * self.weight
+
+
+def safe_norms(network: SD3Transformer2DModel) -> SD3Transformer2DModel:
+    """A copy whose norms of queries and keys are `SafeRMSNorm`; weights are shared with the original."""
+    made = _sharing(network)
+    for module in list(made.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, RMSNorm):
+                setattr(module, name, SafeRMSNorm(child))
+    return made
+
+
+def cropped(network: SD3Transformer2DModel, side: int) -> SD3Transformer2DModel:
+    """A copy with the middle of the position table alone, bit-exact up to that size; other weights are shared.
+
+    SD3.5-Medium's table is 0.42 GiB in 16 bits; images of 1024 pixels need 0.01 of it.
+
+    Args:
+        network: the denoiser.
+        side: patches along the longest side of an image (pixels / 16).
+
+    Raises:
+        ValueError: more than the network has, or fewer than 1.
+    """
+    there = network.config.pos_embed_max_size
+    if not 1 <= side <= there:
+        raise ValueError(f"a table of {side} x {side} positions: the network has {there} x {there}")
+    side += (there - side) % 2  # so that the middle stays the middle
+    made = _sharing(network)
+    table = made.pos_embed.pos_embed.reshape(1, there, there, -1)
+    cut = (there - side) // 2
+    table = table[:, cut : cut + side, cut : cut + side].reshape(1, side * side, -1).clone()
+    made.pos_embed.register_buffer("pos_embed", table, persistent=True)
+    made.pos_embed.pos_embed_max_size = side
+    made.register_to_config(pos_embed_max_size=side)
+    return made
+
+
+def _sharing(network: SD3Transformer2DModel) -> SD3Transformer2DModel:
+    """A copy of the modules, not of their weights."""
+    kept = [*network.parameters(), *network.buffers()]
+    made: SD3Transformer2DModel = copy.deepcopy(network, {id(tensor): tensor for tensor in kept})
+    return made
