@@ -102,6 +102,52 @@ class EncoderOutputs:
         return EncoderOutputs(*(torch.cat([getattr(o, f.name) for o in outputs]) for f in fields(EncoderOutputs)))
 
 
+ENCODERS = ("clip_l", "clip_g", "t5")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which part of a condition comes from which encoder.
+
+    Attributes:
+        clip_l, clip_g: widths of their tokens, which lie side by side in the first rows.
+        clip_l_pooled: width of CLIP-L's pooled features; the others are CLIP-G's.
+        t5_tokens: rows of T5, the last ones.
+    """
+
+    clip_l: int
+    clip_g: int
+    clip_l_pooled: int
+    t5_tokens: int
+
+
+def without(cond: TextCond, keep: Tensor, layout: Layout) -> TextCond:
+    """What `drop` does, on conditions that are put together already: (B, 3) bool `keep` in the order of `ENCODERS`.
+
+    Raises:
+        ValueError: `keep` is not (B, 3) bool, or the layout is not that of the conditions.
+    """
+    batch, length, width = cond.tokens.shape
+    if keep.dtype != torch.bool or keep.shape != (batch, 3):
+        raise ValueError(f"keep must be bool {(batch, 3)}, got {keep.dtype} {tuple(keep.shape)}")
+    if layout.t5_tokens > length or layout.clip_l + layout.clip_g > width or layout.clip_l_pooled > cond.pooled.shape[1]:
+        raise ValueError(f"{layout} does not fit conditions {tuple(cond.tokens.shape)}, {tuple(cond.pooled.shape)}")
+    keep = keep.to(cond.tokens.device)
+    whose = torch.full((length, width), 3, device=keep.device)  # 3 is padding, zero already
+    rows = length - layout.t5_tokens
+    whose[:rows, : layout.clip_l], whose[:rows, layout.clip_l : layout.clip_l + layout.clip_g] = 0, 1
+    whose[rows:] = 2
+    of_pooled = (torch.arange(cond.pooled.shape[1], device=keep.device) >= layout.clip_l_pooled).long()
+    kept = torch.cat([keep, keep.new_ones(batch, 1)], dim=1)
+    tokens = torch.where(kept[:, whose], cond.tokens, torch.zeros_like(cond.tokens))
+    return TextCond(tokens, torch.where(kept[:, of_pooled], cond.pooled, torch.zeros_like(cond.pooled)))
+
+
+def cut(cond: TextCond, layout: Layout) -> TextCond:
+    """Without T5's rows, which a network that never reads T5 need not be given: a shorter sequence, another function."""
+    return TextCond(cond.tokens[:, : cond.tokens.shape[1] - layout.t5_tokens], cond.pooled)
+
+
 def assemble(outputs: EncoderOutputs) -> TextCond:
     """SD3's layout: CLIP-L and CLIP-G joined along features, zero-padded to T5's width, then T5 along L.
 

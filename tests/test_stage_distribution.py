@@ -21,7 +21,8 @@ from fewstep.models import roles, sd3
 from fewstep.objectives.distribution import PRESETS
 from fewstep.objectives.proxy import STAGE_PRESETS
 from fewstep.solvers import Trajectory, rollout
-from fewstep.stages import adversary, distribution, matching, refinement, split
+from fewstep.stages import adversary, distribution, matching, refinement
+from fewstep.stages.branches import branch_at, branched
 from fewstep.stages.distribution import PICK, RENOISE, TAU, Config, proxy_update, student_update
 
 CONFIG = Config(
@@ -66,7 +67,7 @@ def test_student_update_touches_the_student_alone(world: World, networks, cond, 
     student, proxy = networks
     config = CONFIG.with_preset(preset)
     x = world.stored.x[:4, step]
-    result = student_update(student, proxy, world.velocity, x, step, GRID, cond, config, ROWS)
+    result = student_update(student, proxy, world.velocity, x, step, GRID, cond, cond, config, ROWS)
     result.loss.mean().backward()
     assert touched(student) > 0.9 * len([*student.parameters()])
     assert touched(proxy) == touched(world.pipe.transformer) == touched(world.pipe.vae) == 0
@@ -107,7 +108,7 @@ def test_inner_steps_draw_no_noise(world: World, networks, cond, monkeypatch: py
     monkeypatch.setattr(noise, "normal", counted)
     for step, wanted in ((0, []), (1, [RENOISE])):
         drawn.clear()
-        result = student_update(*networks, world.velocity, world.stored.x[:4, step], step, GRID, cond, CONFIG, ROWS)
+        result = student_update(*networks, world.velocity, world.stored.x[:4, step], step, GRID, cond, cond, CONFIG, ROWS)
         assert drawn == wanted
         shared = step == 0
         assert bool((result.tau == GRID[1]).all()) == shared
@@ -166,7 +167,7 @@ def test_the_student_moves_from_the_proxy_to_the_teacher(world: World, networks,
 
     before = distance()
     for _ in range(20):
-        student_update(student, proxy, plain, x, 0, GRID, cond, CONFIG, ROWS).loss.mean().backward()
+        student_update(student, proxy, plain, x, 0, GRID, cond, cond, CONFIG, ROWS).loss.mean().backward()
         optimizer.step(0, 1)
     assert distance() < 0.8 * before
 
@@ -226,7 +227,7 @@ def test_the_adversary_moves_the_student(world: World, tmp_path: Path) -> None:
 
 def test_an_update_of_a_branch_leaves_the_other_alone(world: World) -> None:
     state = distribution.begin(
-        CONFIG, {"low": world.pipe.transformer, "high": world.pipe.transformer}, split.branch_at(0.8), given(world)
+        CONFIG, {"low": world.pipe.transformer, "high": world.pipe.transformer}, branch_at(0.8), given(world)
     )
     start = [p.clone() for p in world.pipe.transformer.parameters()]
 
@@ -287,7 +288,7 @@ def test_rollouts_start_the_step_where_they_say(world: World, cond) -> None:
     (own, x, data), (sde, y, _), (_, z, noised) = made("deterministic"), made("sde"), made("noised_data")
     assert torch.equal(x, own.x[1]) and not data and torch.equal(y, sde.x[1]) and not torch.equal(x, y)
     assert noised and float((z - 0.25 * real[0]).std()) == pytest.approx(0.75, abs=0.05)
-    plain = rollout(distribution.branched(state.students, state.branch_at), own.x[0], GRID, cond)
+    plain = rollout(branched(state.students, state.branch_at), own.x[0], GRID, cond)
     assert torch.equal(plain.x, own.x)
     seen = [made("mix", range(4 * k, 4 * k + 4))[2] for k in range(20)]
     assert 3 < sum(seen) < 17

@@ -15,6 +15,7 @@ from fewstep.grids import STUDENT_GRIDS
 from fewstep.models import roles, sd3
 from fewstep.solvers import rollout
 from fewstep.stages import distribution, merge, split
+from fewstep.stages.branches import branch_at, branched, turns
 
 FOUR, TWO = STUDENT_GRIDS[4], STUDENT_GRIDS[2]
 
@@ -47,16 +48,16 @@ def test_a_grid_with_an_idle_branch_says_so_and_what_would_split_it() -> None:
 
 
 def test_branches_take_turns_and_go_round_their_steps() -> None:
-    assert distribution.turns(FOUR, lambda t: "student") == [0, 1, 2, 3]
-    assert distribution.turns(FOUR, split.branch_at(0.5)) == [0, 3, 1, 3, 2, 3]
-    assert distribution.turns(TWO, split.branch_at(0.8)) == [0, 1]
+    assert turns(FOUR, lambda t: "student") == [0, 1, 2, 3]
+    assert turns(FOUR, branch_at(0.5)) == [0, 3, 1, 3, 2, 3]
+    assert turns(TWO, branch_at(0.8)) == [0, 1]
 
 
 def test_a_rollout_of_branches_uses_the_one_that_owns_each_step(branches) -> None:
     cond = sd3.encode(tiny_pipe(), ["a red circle"], 12)
     x = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        path = rollout(distribution.branched(branches, split.branch_at(0.5)), x, FOUR, cond).x
+        path = rollout(branched(branches, branch_at(0.5)), x, FOUR, cond).x
         for i in range(4):
             owner = branches["low" if i == 3 else "high"]
             v = sd3.velocity(owner)(path[i], torch.tensor([FOUR[i]]), cond)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fewstep import __version__
+from fewstep.conditioning import ENCODERS
 from fewstep.engine.checkpoint import whole_folder
 
 Kind = Literal["teacher", "student_trajectory", "student_distribution", "student_low", "student_high", "student"]
@@ -34,9 +35,11 @@ class Artifact:
         recipe: name of the recipe.
         grid: times the model is sampled at, decreasing, ending in 0.
         guidance_scale: to sample with; 1 is off.
-        t5_tokens: T5 tokens it was trained with: `max_sequence_length` of the stock pipeline.
+        t5_tokens: T5 tokens it was trained with: `max_sequence_length` of the stock pipeline. 0: it is given none, not even
+            zeros.
         images_seen: training images of this stage.
         resolution: pixels of an image's side that it was made for; 0 is the network's own.
+        encoders: text encoders that it is to be sampled with; zeros stand for the others.
         parents: sha256 of the weights it was made from, by kind.
         weights: sha256 of its own transformer weights.
         metrics: figures of the stage that made it.
@@ -52,6 +55,7 @@ class Artifact:
     t5_tokens: int
     images_seen: int
     resolution: int = 0
+    encoders: tuple[str, ...] = ENCODERS
     parents: dict[str, str] = field(default_factory=dict)
     weights: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -112,7 +116,8 @@ def read(folder: Path, kind: Kind | None = None) -> Artifact:
         )
     try:
         raw = json.loads(path.read_text())
-        record = Artifact(**{**raw, "grid": tuple(raw["grid"])})
+        lists = {name: tuple(raw[name]) for name in ("grid", "encoders") if name == "grid" or name in raw}
+        record = Artifact(**{**raw, **lists})
     except (json.JSONDecodeError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged or of another version ({error}); make it again with its stage") from error
     if record.kind not in get_args(Kind):

@@ -10,6 +10,7 @@ what happens inside a network.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -24,11 +25,13 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from fewstep.conditioning import EncoderOutputs, TextCond, assemble
+from fewstep.conditioning import EncoderOutputs, Layout, TextCond, assemble
 from fewstep.flow import Velocity
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 NETWORKS = ("transformer", "vae", *ENCODERS)
+CLIP_TOKENS = 77  # of SD3's CLIPs
 DECODED_AT_ONCE = 64 * 64  # positions of latents
 TRAIN_TIMESTEPS = 1000.0  # the network's time input is 1000 t
 
@@ -53,7 +56,7 @@ def load(
             "`fewstep run` wrote (runs/<name>/<stage>)"
         )
     quiet()
-    left_out: dict[str, Any] = dict.fromkeys(without)
+    left_out: dict[str, Any] = dict.fromkeys((*without, *absent(folder)))
     try:
         pipe = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **left_out)
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -63,6 +66,15 @@ def load(
         if network is not None:
             network.requires_grad_(False).eval()
     return pipe
+
+
+def absent(folder: Path) -> list[str]:
+    """Text encoders and tokenizers that a pipeline folder lacks; stock `from_pretrained` wants None for each of them."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder / 'model_index.json'} is damaged ({error})") from error
+    return [name for name in (*ENCODERS, *TOKENIZERS) if index.get(name, [None])[0] is None]
 
 
 def velocity(transformer: nn.Module | Callable[..., Any], autocast: torch.dtype | None = None) -> Velocity:
@@ -159,13 +171,18 @@ def tokens_after(
 
 
 def tokenize(pipe: StableDiffusion3Pipeline, prompts: Sequence[str], t5_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids for the three encoders, (B, L_clip), (B, L_clip), (B, t5_tokens), padded and cut as stock SD3 does."""
-    texts = list(prompts)
+    """Token ids for the three encoders, (B, L_clip), (B, L_clip), (B, t5_tokens), padded and cut as stock SD3 does.
+
+    Where there is no tokenizer, zeros.
+    """
+    texts, there = list(prompts), pipe.tokenizer or pipe.tokenizer_2
+    clip_length = there.model_max_length if there else CLIP_TOKENS
 
     def ids(tokenizer: Any, length: int) -> Tensor:
+        if tokenizer is None or length == 0:
+            return torch.zeros(len(texts), length, dtype=torch.int64)
         return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
-    clip_length = pipe.tokenizer.model_max_length
     return ids(pipe.tokenizer, clip_length), ids(pipe.tokenizer_2, clip_length), ids(pipe.tokenizer_3, t5_tokens)
 
 
@@ -181,20 +198,82 @@ def reads_to_the_end(folder: Path, t5_tokens: int) -> Callable[[str], bool]:
     return lambda text: any(len(opened[name](text).input_ids) <= limits[name] for name in opened)
 
 
+def layout(folder: Path, t5_tokens: int) -> Layout:
+    """Which part of a condition comes from which encoder, by the configurations of a pipeline folder.
+
+    Raises:
+        ValueError: an encoder's configuration is missing.
+    """
+    found = []
+    for name in ENCODERS[:2]:
+        path = folder / name / "config.json"
+        if not path.is_file():
+            raise ValueError(f"{folder} has no {name}/config.json, which says how wide its features are")
+        found.append(json.loads(path.read_text(encoding="utf-8")))
+    return Layout(found[0]["hidden_size"], found[1]["hidden_size"], found[0]["projection_dim"], t5_tokens)
+
+
 def encode_ids(pipe: StableDiffusion3Pipeline, ids: tuple[Tensor, Tensor, Tensor]) -> EncoderOutputs:
-    """Run the three encoders on token ids, each where it lies; float32, where the ids are. Gradients flow."""
-    where = ids[0].device
-    clip_l = pipe.text_encoder(ids[0].to(pipe.text_encoder.device), output_hidden_states=True)
-    clip_g = pipe.text_encoder_2(ids[1].to(pipe.text_encoder_2.device), output_hidden_states=True)
-    t5 = pipe.text_encoder_3(ids[2].to(pipe.text_encoder_3.device))
-    outputs = clip_l.hidden_states[-2], clip_l[0], clip_g.hidden_states[-2], clip_g[0], t5[0]
-    return EncoderOutputs(*(x.to(where, torch.float32) for x in outputs))
+    """Run the encoders on token ids, each where it lies; float32, where the ids are. Gradients flow.
+
+    An encoder that the pipeline has not gives zeros: the null that SD3 is trained with, as stock diffusers pads it.
+    """
+    where, config = ids[0].device, pipe.transformer.config if pipe.transformer else None
+
+    def clip(encoder: Any, own: Tensor, other: Any) -> tuple[Tensor, Tensor]:
+        if encoder is not None:
+            out = encoder(own.to(encoder.device), output_hidden_states=True)
+            return out.hidden_states[-2], out[0]
+        if config is None:
+            raise ValueError("a CLIP is missing, and without the transformer its width is not known")
+        width = config.pooled_projection_dim - (other.config.projection_dim if other else config.pooled_projection_dim // 2)
+        return torch.zeros(*own.shape, width), torch.zeros(len(own), width)
+
+    both = pipe.text_encoder, pipe.text_encoder_2
+    clip_l, clip_g = clip(both[0], ids[0], both[1]), clip(both[1], ids[1], both[0])
+    t5 = pipe.text_encoder_3
+    if t5 is not None and ids[2].shape[1]:
+        last = t5(ids[2].to(t5.device))[0]
+    else:
+        width = config.joint_attention_dim if config else t5.config.d_model
+        last = torch.zeros(*ids[2].shape, width)
+    return EncoderOutputs(*(x.to(where, torch.float32) for x in (*clip_l, *clip_g, last)))
 
 
 @torch.no_grad()
 def encode(pipe: StableDiffusion3Pipeline, prompts: Sequence[str], t5_tokens: int) -> TextCond:
     """Text conditions of prompts, as stock diffusers computes them."""
     return assemble(encode_ids(pipe, tokenize(pipe, prompts, t5_tokens)))
+
+
+def encode_in_turn(
+    folder: Path, prompts: Sequence[str], t5_tokens: int, dtype: torch.dtype = torch.float32, keep: Sequence[str] = ENCODERS
+) -> TextCond:
+    """As `encode`, with one text encoder in memory at a time and none afterwards: the largest sets the peak, not the sum.
+
+    Args:
+        folder: a pipeline folder.
+        prompts: texts.
+        t5_tokens: tokens of T5.
+        dtype: of the encoders' weights in memory.
+        keep: those that are used; zeros stand for the others.
+
+    Raises:
+        ValueError: not a pipeline folder, or none of `keep` in it.
+    """
+    there = [name for name in keep if name in ENCODERS and (folder / name).is_dir()]
+    if not there:
+        raise ValueError(f"{folder} has none of the text encoders {', '.join(keep)}")
+    parts = []
+    for name in there:
+        pipe = load(folder, dtype, [other for other in NETWORKS if other != name])
+        with torch.device("meta"):  # its configuration says how wide the others are
+            shape = SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(folder / "transformer"))
+        pipe.register_modules(transformer=shape)
+        parts.append(encode(pipe, prompts, t5_tokens))
+        del pipe
+    # each is zero where the others are not
+    return TextCond(torch.stack([p.tokens for p in parts]).sum(0), torch.stack([p.pooled for p in parts]).sum(0))
 
 
 @torch.no_grad()

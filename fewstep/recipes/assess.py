@@ -22,7 +22,7 @@ from fewstep.recipes.layout import FOLDER, SECONDS, timed
 from fewstep.recipes.pipeline import Distillation
 from fewstep.recipes.teacher import Teacher
 from fewstep.report import beside, page
-from fewstep.stages import evaluate, pictures
+from fewstep.stages import encoders, evaluate, pictures
 from fewstep.worlds.shapes.data import to_uint8
 
 
@@ -72,6 +72,7 @@ def report(
             made = artifact.read(folder, kind)
             student = sd3.load(folder, without=sd3.ENCODERS).transformer.to(pipeline.roles.place)
             network = sd3.velocity(student, fast_dtype(student.device))
+            network = encoders.told(network, encoders.given(made.encoders, made.t5_tokens > 0, teacher.layout))
             yield evaluate.Arm(name, made.grid, made.guidance_scale, network, made.weights)
 
     if pipeline.evaluate.benchmark == "shapes":

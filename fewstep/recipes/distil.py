@@ -18,7 +18,8 @@ from fewstep.recipes.layout import FOLDER, METRICS, PROXY, timed
 from fewstep.recipes.pipeline import Distillation
 from fewstep.recipes.sd35 import SOURCES
 from fewstep.recipes.teacher import Teacher, folder_of, open_for
-from fewstep.stages import distribution, evaluate, merge, refinement, split, trajectory
+from fewstep.stages import encoders, evaluate, merge, refinement, split, trajectory
+from fewstep.stages.branches import HIGH, LOW, branch_at, branched
 
 
 def check(pipeline: Distillation) -> None:
@@ -91,7 +92,7 @@ def run(pipeline: Distillation, out: Path, wanted: Sequence[str]) -> Path | None
 
 def _done(stage: str, folder: Path) -> bool:
     if stage == "split":
-        return all(artifact.exists(folder / branch) for branch in (split.LOW, split.HIGH))
+        return all(artifact.exists(folder / branch) for branch in (LOW, HIGH))
     return artifact.exists(folder)
 
 
@@ -103,7 +104,8 @@ def _trajectory(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
         stored = material.stored(pipeline, out, teacher)
     with timed(out, "trajectory"):
         work = out / "work" / "trajectory"
-        trained = trajectory.run(config, start, stored, teacher.encode, work, out / METRICS, pipeline.roles)
+        reads = encoders.dropout(pipeline.encoders, teacher.layout, config.seed)
+        trained = trajectory.run(config, start, stored, teacher.encode, work, out / METRICS, pipeline.roles, reads)
     images = _whole(config.images, config.batch)
     made = students.record("student_trajectory", pipeline, teacher, config, *parents, images=images)
     whole = roles.gathered(trained)
@@ -147,7 +149,7 @@ def _split(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
         learned_from = material.given(pipeline, out, teacher, proxy, config.seed)
         start = students.read(pipeline.roles, teacher, before)
         state = split.run(config, pipeline.distribution, start, learned_from, out / "work" / "split", out / METRICS)
-    kinds: dict[str, artifact.Kind] = {split.LOW: "student_low", split.HIGH: "student_high"}
+    kinds: dict[str, artifact.Kind] = {LOW: "student_low", HIGH: "student_high"}
     branches = {name: roles.gathered(network) for name, network in state.students.items()}
     with ranks.first_alone() as mine:
         for name, network in branches.items() if mine else ():
@@ -163,8 +165,8 @@ def _merge(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
         record = students.record("student", pipeline, teacher, config, parent, note=idle(pipeline))
         students.write(out / FOLDER["merge"], record, teacher, start)
         return
-    folders = {name: out / FOLDER["split"] / name for name in (split.LOW, split.HIGH)}
-    parents = [artifact.read(folders[split.LOW], "student_low"), artifact.read(folders[split.HIGH], "student_high")]
+    folders = {name: out / FOLDER["split"] / name for name in (LOW, HIGH)}
+    parents = [artifact.read(folders[LOW], "student_low"), artifact.read(folders[HIGH], "student_high")]
     branches = {name: students.read(pipeline.roles, teacher, folder) for name, folder in folders.items()}
     with timed(out, "merge"):
         score = assess.chooser(pipeline, material.own_prompts(pipeline, out), teacher, out / "work" / "merge")
@@ -194,7 +196,7 @@ def _mixed(
     name: str, teacher: Teacher, start: SD3Transformer2DModel, branches: dict[str, SD3Transformer2DModel]
 ) -> SD3Transformer2DModel:
     """A mixture of the branches: of adapters it is one adapter on the teacher again, exactly."""
-    whole, parts = not adapters.has(start), (start, branches[split.LOW], branches[split.HIGH])
+    whole, parts = not adapters.has(start), (start, branches[LOW], branches[HIGH])
     if name == merge.BEFORE:
         return start.cpu() if whole else start
     if whole:
@@ -210,12 +212,13 @@ def _candidates(
     place = pipeline.roles.place
 
     def velocity(network: SD3Transformer2DModel) -> Velocity:
-        return sd3.velocity(network, fast_dtype(network.device))
+        return encoders.reading(pipeline.encoders, teacher.layout, sd3.velocity(network, fast_dtype(network.device)))
 
     for name in merge.names(pipeline.merge):
         yield name, velocity(_mixed(name, teacher, start, branches).to(place))
     on_device = {name: branch.to(place) for name, branch in branches.items()}
-    yield merge.BRANCHES, distribution.branched(on_device, split.branch_at(pipeline.split.boundary))
+    both = branched(on_device, branch_at(pipeline.split.boundary))
+    yield merge.BRANCHES, encoders.reading(pipeline.encoders, teacher.layout, both)
     yield merge.BEFORE, velocity(start.to(place))
 
 

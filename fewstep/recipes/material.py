@@ -20,7 +20,7 @@ from fewstep.models import sd3
 from fewstep.recipes.layout import PROMPTS
 from fewstep.recipes.pipeline import Distillation
 from fewstep.recipes.teacher import Teacher, folder_of, velocity_of
-from fewstep.stages import distribution, watch
+from fewstep.stages import distribution, encoders, watch
 from fewstep.worlds.shapes.data import to_uint8
 
 HELD_OUT_SEED = 500  # added to the seed of the trajectories: their noise is not that of the held-out ones
@@ -114,7 +114,11 @@ def given(pipeline: Distillation, out: Path, teacher: Teacher, proxy: SD3Transfo
     """What a refinement learns from and is watched with; the trajectories are made now if they are not there."""
     made, watched = stored(pipeline, out, teacher), held_out(pipeline, out, teacher)
     prompt_at = prompts.source(own_prompts(pipeline, out), seed)
-    return distribution.Given(proxy, teacher.velocity, made, teacher.encode, prompt_at, watched, pipeline.roles)
+    reads = encoders.dropout(pipeline.encoders, teacher.layout, seed)
+    always = encoders.given(pipeline.encoders.encoders, pipeline.encoders.padded, teacher.layout)
+    return distribution.Given(
+        proxy, teacher.velocity, made, teacher.encode, prompt_at, watched, pipeline.roles, reads, always
+    )
 
 
 def held_out(pipeline: Distillation, out: Path, teacher: Teacher) -> watch.HeldOut | None:

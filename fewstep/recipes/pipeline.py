@@ -9,7 +9,7 @@ from fewstep.data import prompt_files
 from fewstep.grids import check_grid
 from fewstep.models import roles
 from fewstep.recipes import RECIPES
-from fewstep.stages import autoencoder, distribution, evaluate, merge, split, teacher, trajectory
+from fewstep.stages import autoencoder, distribution, encoders, evaluate, merge, split, teacher, trajectory
 
 
 def _refuse_empty(budgets: dict[str, int]) -> None:
@@ -34,6 +34,7 @@ class Distillation:
         prompts: "shapes", or a file of prompts (.txt, .csv, .tsv, .jsonl, .parquet), or a folder of images with captions.
         prompt_policy: what happens to prompts of a file that cannot be used as they are.
         roles: what of the networks is trained, and where.
+        encoders: which text encoders the student does without, and how often.
         trajectory, distribution, split, merge, evaluate: settings of the stages.
     """
 
@@ -47,6 +48,7 @@ class Distillation:
     prompts: str = "shapes"
     prompt_policy: prompt_files.Policy = field(default_factory=prompt_files.Policy)
     roles: roles.Config = field(default_factory=roles.Config)
+    encoders: encoders.Config = field(default_factory=encoders.Config)
     trajectory: trajectory.Config = field(default_factory=trajectory.Config)
     distribution: distribution.Config = field(default_factory=distribution.Config)
     split: split.Config = field(default_factory=split.Config)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from fewstep.conditioning import TextCond
+from fewstep.conditioning import Layout, TextCond
 from fewstep.data import embeddings
 from fewstep.data.trajectories import Encode
 from fewstep.engine import artifact
@@ -37,6 +37,7 @@ class Teacher:
         encode: prompts to conditions.
         velocity: with its guidance.
         latent: (16, H, W) of what it is asked to draw.
+        layout: which part of a condition comes from which encoder.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class Teacher:
     encode: Encode
     velocity: Velocity
     latent: tuple[int, int, int]
+    layout: Layout
 
 
 def folder_of(pipeline: Distillation) -> Path:
@@ -118,7 +120,8 @@ def _teacher(
     if at_once:  # guidance doubles a batch
         network = in_chunks(network, at_once)
     velocity = guided(network, encode([""]), record.guidance_scale)
-    return Teacher(folder, record, pipe, encode, velocity, latent_shape(pipe, resolution))
+    layout = sd3.layout(folder, record.t5_tokens)
+    return Teacher(folder, record, pipe, encode, velocity, latent_shape(pipe, resolution), layout)
 
 
 def velocity_of(folder: Path, config: roles.Config, encode: Encode, at_once: int = 0) -> Velocity:

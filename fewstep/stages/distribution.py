@@ -30,6 +30,8 @@ from fewstep.objectives import distribution, proxy
 from fewstep.solvers import Trajectory, renoising_rollout, rollout
 from fewstep.stages import adversary, watch
 from fewstep.stages.adversary import Adversary
+from fewstep.stages.branches import branched, turns
+from fewstep.stages.encoders import Reads, everything, whole
 from fewstep.stages.matching import Config
 from fewstep.stages.trajectory import update as trajectory_update
 
@@ -51,6 +53,8 @@ class Given:
         prompt_at: prompt of sample k.
         held_out: what the student is looked at with as it learns; None never looks.
         trained: what of student and proxy is trained.
+        reads: what of a condition the student is given in an update; teacher and proxy are given all.
+        always: what it is given when it is looked at.
     """
 
     proxy: SD3Transformer2DModel
@@ -60,25 +64,8 @@ class Given:
     prompt_at: trajectories.PromptAt
     held_out: watch.HeldOut | None = None
     trained: roles.Config = roles.FULL
-
-
-def turns(grid: tuple[float, ...], branch_at: Callable[[float], str]) -> list[int]:
-    """In which order grid steps are updated, to be repeated: branches take turns, and within each its steps do (ours).
-
-    One branch goes through its steps: 0, 1, 2, 3. Of two, one owning step 3 alone, both get as many updates:
-    0, 3, 1, 3, 2, 3.
-    """
-    owned: dict[str, list[int]] = {}
-    for i, t in enumerate(grid[:-1]):
-        owned.setdefault(branch_at(t), []).append(i)
-    longest = max(len(steps) for steps in owned.values())
-    return [steps[k % len(steps)] for k in range(longest) for steps in owned.values()]
-
-
-def branched(networks: Mapping[str, SD3Transformer2DModel], branch_at: Callable[[float], str]) -> Velocity:
-    """One velocity of several networks; a batch shares its time, which says whose turn it is."""
-    velocities = {name: sd3.velocity(network, fast_dtype(network.device)) for name, network in networks.items()}
-    return lambda x_t, t, cond: velocities[branch_at(float(t[0]))](x_t, t, cond)
+    reads: Reads = everything
+    always: Callable[[TextCond], TextCond] = whole
 
 
 def student_rollout(
@@ -124,33 +111,34 @@ def student_update(
     i: int,
     grid: tuple[float, ...],
     cond: TextCond,
+    read: TextCond,
     config: Config,
     rows: range,
 ) -> distribution.DMResult:
     """Distribution matching for grid step `i` from states `x_i` (B, 16, H, W), against the proxy `network`.
 
-    Gradient reaches the student alone.
+    Teacher and proxy are given `cond`, the student `read`. Gradient reaches the student alone.
     """
-    t_i, t_next, v, fresh, u = _step(student, x_i, i, grid, cond, config, rows)
+    t_i, t_next, v, fresh, u = _step(student, x_i, i, grid, read, config, rows)
     against = None if config.against == "student" else sd3.velocity(network, fast_dtype(network.device))
     return distribution.loss(config.switches, teacher, against, x_i, t_i, t_next, v, cond, fresh, u, grid)
 
 
 def student_points(
-    student: SD3Transformer2DModel, x_i: Tensor, i: int, grid: tuple[float, ...], cond: TextCond, config: Config, rows: range
+    student: SD3Transformer2DModel, x_i: Tensor, i: int, grid: tuple[float, ...], read: TextCond, config: Config, rows: range
 ) -> distribution.Points:
     """The points at which `student_update` matches, without asking teacher or proxy; no gradient."""
     with torch.no_grad():
-        t_i, t_next, v, fresh, u = _step(student, x_i, i, grid, cond, config, rows)
+        t_i, t_next, v, fresh, u = _step(student, x_i, i, grid, read, config, rows)
         return distribution.points(config.switches, x_i, t_i, t_next, v, fresh, u, grid)
 
 
 def _step(
-    student: SD3Transformer2DModel, x_i: Tensor, i: int, grid: tuple[float, ...], cond: TextCond, config: Config, rows: range
+    student: SD3Transformer2DModel, x_i: Tensor, i: int, grid: tuple[float, ...], read: TextCond, config: Config, rows: range
 ) -> tuple[Tensor, Tensor, Tensor, Callable[[], Tensor], Tensor]:
     """Times of grid step `i`, the student's velocity at its start, and the randomness of what follows."""
     t_i, t_next = torch.full((len(x_i),), grid[i]), torch.full((len(x_i),), grid[i + 1])
-    v = sd3.velocity(student, fast_dtype(student.device))(x_i, t_i, cond)
+    v = sd3.velocity(student, fast_dtype(student.device))(x_i, t_i, read)
 
     def fresh() -> Tensor:
         return noise.normal(x_i.shape[1:], seed=config.seed, index=rows, step=RENOISE)
@@ -330,7 +318,7 @@ def update(state: State, config: Config, given: Given, seen: int) -> dict[str, f
 def sampled(state: State, config: Config, given: Given, grid: tuple[float, ...], rows: range) -> Part:
     """The student's own samples of some rows, and which stored trajectories go with them."""
     cond = given.encode([given.prompt_at(k) for k in rows])
-    path = student_rollout(state, config, given.stored.latent_shape, grid, cond, rows)
+    path = student_rollout(state, config, given.stored.latent_shape, grid, given.reads(cond, rows), rows)
     return Part(rows, cond, path, noise.integers(0, len(given.stored.prompts), seed=config.seed, index=rows, step=PICK))
 
 
@@ -348,19 +336,20 @@ def student_step(
     last, inputs = len(grid) - 1, []
     for part in parts:
         real = given.stored.state(part.pick, torch.full_like(part.pick, last)), state.stored_cond(part.pick)
-        inputs.append((real, *step_input(config, part.path, i, part.cond, real, part.rows, mixed)))
+        x_i, cond = step_input(config, part.path, i, part.cond, real, part.rows, mixed)
+        inputs.append((real, x_i, cond, given.reads(cond, part.rows)))
 
     def match(k: int) -> distribution.DMResult:
-        _, x_i, cond = inputs[k]
-        return student_update(student, state.proxy, given.teacher, x_i, i, grid, cond, config, parts[k].rows)
+        _, x_i, cond, read = inputs[k]
+        return student_update(student, state.proxy, given.teacher, x_i, i, grid, cond, read, config, parts[k].rows)
 
     figures: dict[str, Tensor] = {}
     whole = match(0) if len(parts) == 1 else None
     if heads is not None:
         heads.renew(rows.start)
         points = [
-            (whole or student_points(student, x_i, i, grid, cond, config, part.rows), cond, real, part.rows)
-            for part, (real, x_i, cond) in zip(parts, inputs, strict=True)
+            (whole or student_points(student, x_i, i, grid, read, config, part.rows), cond, real, part.rows)
+            for part, (real, x_i, cond, read) in zip(parts, inputs, strict=True)
         ]
         figures |= heads_update(heads, points, config, rows.start)
     made = []
@@ -375,7 +364,7 @@ def student_step(
         }
         if config.trajectory_weight > 0:
             at = torch.full_like(part.pick, i)
-            anchored = trajectory_update(student, given.stored, inputs[k][0][1], part.pick, at)
+            anchored = trajectory_update(student, given.stored, given.reads(inputs[k][0][1], part.rows), part.pick, at)
             loss, told["trajectory_loss"] = loss + config.trajectory_weight * anchored.sum(), anchored.detach()
         if heads is not None:
             adversarial = adversary.student_loss(heads, matched_k.x_tau, matched_k.tau, inputs[k][2])

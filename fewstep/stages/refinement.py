@@ -10,7 +10,9 @@ from diffusers import SD3Transformer2DModel
 from fewstep.engine import ranks
 from fewstep.engine.loop import train
 from fewstep.stages import distribution, watch
+from fewstep.stages.branches import branched
 from fewstep.stages.distribution import Given, State
+from fewstep.stages.encoders import told
 from fewstep.stages.matching import Config
 
 
@@ -57,7 +59,7 @@ def refine(
         health.Sick: the run is sick, and `health.action` is "stop".
     """
     state = distribution.begin(config, starts, branch_at, given)
-    student = distribution.branched(state.students, branch_at)
+    student = told(branched(state.students, branch_at), given.always)
     watcher = watch.Watcher(config, given.held_out, stage, metrics)
 
     def step(seen: int) -> dict[str, float]:

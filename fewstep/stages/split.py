@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffusers import SD3Transformer2DModel
 
 from fewstep.stages import distribution, refinement
-
-LOW, HIGH = "low", "high"
+from fewstep.stages.branches import HIGH, LOW, branch_at
 
 
 @dataclass(frozen=True)
@@ -39,11 +37,6 @@ class Config:
             raise ValueError(f"boundary must lie between 0 and 1, got {self.boundary}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
-
-
-def branch_at(boundary: float) -> Callable[[float], str]:
-    """Which branch owns the step that starts at a time: low in (0, boundary], high in (boundary, 1]."""
-    return lambda t: LOW if t <= boundary else HIGH
 
 
 def owners(grid: tuple[float, ...], boundary: float) -> dict[str, tuple[float, ...]]:

@@ -20,6 +20,7 @@ from fewstep.engine.precision import fast_dtype
 from fewstep.models import roles, sd3
 from fewstep.objectives import trajectory
 from fewstep.solvers import CALLS, Solver
+from fewstep.stages.encoders import Reads, everything
 
 PICK, STEP = 1, 2  # streams of addressed noise
 
@@ -81,6 +82,7 @@ def run(
     work: Path,
     metrics: Path,
     trained: roles.Config = roles.FULL,
+    reads: Reads = everything,
 ) -> SD3Transformer2DModel:
     """Train a copy of the teacher, or adapters on it, on stored trajectories; returns the average, frozen.
 
@@ -92,6 +94,7 @@ def run(
         work: folder for checkpoints.
         metrics: the run's metrics.jsonl.
         trained: what of the network is trained.
+        reads: what of a condition the student is given.
 
     Raises:
         ValueError: for a budget below one step, or a checkpoint of another stage.
@@ -109,7 +112,8 @@ def run(
         made = []
         for part in microbatches(ranks.share(range(config.batch)), config.micro_batch):
             own = slice(part.start, part.stop)
-            losses = update(student, stored, conditions(pick[own]), pick[own], steps[own])
+            cond = reads(conditions(pick[own]), rows[own])
+            losses = update(student, stored, cond, pick[own], steps[own])
             (losses.sum() / config.batch).backward()
             made.append(losses.detach())
         norm = optimizer.step(seen, config.images)
