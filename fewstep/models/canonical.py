@@ -60,7 +60,7 @@ class SafeRMSNorm(nn.Module):
 
 def safe_norms(network: SD3Transformer2DModel) -> SD3Transformer2DModel:
     """A copy whose norms of queries and keys are `SafeRMSNorm`; weights are shared with the original."""
-    made = _sharing(network)
+    made = sharing(network)
     for module in list(made.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, RMSNorm):
@@ -84,7 +84,7 @@ def cropped(network: SD3Transformer2DModel, side: int) -> SD3Transformer2DModel:
     if not 1 <= side <= there:
         raise ValueError(f"a table of {side} x {side} positions: the network has {there} x {there}")
     side += (there - side) % 2  # so that the middle stays the middle
-    made = _sharing(network)
+    made = sharing(network)
     table = made.pos_embed.pos_embed.reshape(1, there, there, -1)
     cut = (there - side) // 2
     table = table[:, cut : cut + side, cut : cut + side].reshape(1, side * side, -1).clone()
@@ -94,7 +94,7 @@ def cropped(network: SD3Transformer2DModel, side: int) -> SD3Transformer2DModel:
     return made
 
 
-def _sharing(network: SD3Transformer2DModel) -> SD3Transformer2DModel:
+def sharing(network: SD3Transformer2DModel) -> SD3Transformer2DModel:
     """A copy of the modules, not of their weights."""
     kept = [*network.parameters(), *network.buffers()]
     made: SD3Transformer2DModel = copy.deepcopy(network, {id(tensor): tensor for tensor in kept})

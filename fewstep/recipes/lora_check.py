@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fewstep.data import prompt_files, prompts
@@ -23,13 +22,13 @@ from fewstep.engine.precision import fast_dtype
 from fewstep.models import roles, sd3
 from fewstep.recipes.adopt import merge_lora
 from fewstep.recipes.teacher import latent_shape
+from fewstep.report.sheet import sheet
 from fewstep.stages import evaluate, pictures
 from fewstep.worlds.shapes import TEACHER
 from fewstep.worlds.shapes.data import to_uint8
 
 COLUMNS = ("teacher", "teacher with the LoRA", "student", "student with the LoRA")
 PICTURE, RECORD = "lora_check.png", "lora_check.json"
-SHOWN, EDGE, MARGIN, LINE = 8, 4, 240, 15  # rows of the picture; pixels between, for prompts, and of text
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +98,8 @@ def run(
         "n_seeds": seeds,
     }
     out.mkdir(parents=True, exist_ok=True)
-    sheet(texts, drawn).save(out / PICTURE)
+    columns = {name: column.images for name, column in zip(COLUMNS, drawn, strict=True)}
+    sheet(texts, columns).save(out / PICTURE)
     (out / RECORD).write_text(json.dumps(figures, indent=1) + "\n")
     return figures
 
@@ -140,26 +140,3 @@ def _draw(
     x0 = pictures.draw(arm, asked, cond, latent_shape(pipe, resolution)).x0
     with torch.no_grad():
         return Drawn(x0, to_uint8(sd3.decode(pipe, x0[:, 0])))
-
-
-def sheet(texts: list[str], drawn: list[Drawn]) -> Image.Image:
-    """A row for each prompt, a column for each of `COLUMNS`."""
-    rows = min(SHOWN, len(texts))
-    side = max(160, min(256, drawn[0].images.shape[1]))
-    made = Image.new("RGB", (MARGIN + 4 * (side + EDGE), 2 * LINE + rows * (side + EDGE)), "white")
-    pen = ImageDraw.Draw(made)
-    pen.font = ImageFont.load_default(LINE - 2)
-    for column, (name, of) in enumerate(zip(COLUMNS, drawn, strict=True)):
-        left = MARGIN + column * (side + EDGE)
-        pen.text((left, LINE // 2), name, fill="black")
-        for row in range(rows):
-            picture = Image.fromarray(of.images[row]).resize((side, side), Image.Resampling.LANCZOS)
-            made.paste(picture, (left, 2 * LINE + row * (side + EDGE)))
-    for row, text in enumerate(texts[:rows]):
-        words, lines = text.split(), [""]
-        for word in words:
-            if pen.textlength(f"{lines[-1]} {word}") > MARGIN - 2 * EDGE:
-                lines.append("")
-            lines[-1] = f"{lines[-1]} {word}".strip()
-        pen.text((EDGE, 2 * LINE + row * (side + EDGE)), "\n".join(lines[:6]), fill="black")
-    return made
