@@ -279,6 +279,97 @@ def lora_check(
 
 
 @app.command
+def encoders(
+    student: tyro.conf.Positional[str] = "bundled",
+    /,
+    keep: str | None = None,
+    out: Path = Path("runs/encoders"),
+    prompts: Path | None = None,
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE"), tyro.conf.UseAppendAction] = (),
+) -> None:
+    """Measure what a student loses without each of its text encoders, and what that saves; with --keep, write it without them.
+
+    T5 is the largest by far, and SD3 learned to do without any encoder. A student loses less if it met that while it was
+    distilled: --set encoders.drop_t5=0.5 of `fewstep run`.
+
+    Example: fewstep encoders runs/demo/05-merge --keep clip_l,clip_g --out runs/without_t5
+
+    Args:
+        student: folder of a student; the bundled one by default.
+        keep: encoders to keep, of clip_l, clip_g and t5, separated by commas; without it every subset is measured.
+        out: folder of the figures, and of the student with --keep.
+        prompts: file of prompts to compare images with, for a model of your own.
+        set: how much is asked: per_task, seeds, pictures.
+    """
+    from fewstep.engine.config import override
+    from fewstep.recipes import encoders as texts
+    from fewstep.stages import gate
+
+    _prepare()
+    limits = override(gate.Config(), list(set))
+    names = tuple(keep.split(",")) if keep is not None else ()
+    rows = texts.run(student, out, [names] if keep is not None else texts.every(student), limits, prompts)
+    print(texts.show(rows))
+    if keep is not None:
+        texts.keep(student, names, out / "student")
+        print(out / "student")
+
+
+@app.command
+def export(
+    student: tyro.conf.Positional[str] = "bundled",
+    /,
+    to: Literal["diffusers", "torchao", "single", "lora", "gguf", "onnx", "openvino", "coreml"] = "torchao",
+    bits: int | None = None,
+    average: float = 0.0,
+    recover: int = 0,
+    dynamic: bool = False,
+    text_bits: int = 16,
+    pixels: int = 0,
+    rank: float = 64,
+    out: Path | None = None,
+    teacher: Path | None = None,
+    prompts: Path | None = None,
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE"), tyro.conf.UseAppendAction] = (),
+) -> None:
+    """Write a student for whoever runs it, in 16, 8, 6 or 4 bits, and measure what that cost.
+
+    What is written is opened again by its own runtime and compared with the student on the same prompts and noise: score,
+    nearness of images, size, memory, time. Ends with code 1 if it loses more than the recipe's gate allows; it is then
+    written all the same, and marked as failed.
+
+    Example: fewstep export runs/demo/05-merge --to gguf --bits 6 --out runs/export/gguf6
+
+    Args:
+        student: folder of a student; the bundled one by default.
+        to: diffusers (folder), torchao (folder in 8 bits, for diffusers), single (file for ComfyUI), lora (difference from the
+            teacher), gguf, onnx, openvino, or coreml.
+        bits: of the denoiser's matrices; 8 where the format has them, else 16.
+        average: bits of an average matrix, such as 6, spent where they matter most, instead of one width for all.
+        recover: samples of training that make up for the rounding, such as 20000.
+        dynamic: of torchao: round what comes into a product, too.
+        text_bits: of the text encoders (torchao: 8; gguf: T5 in 8, 6 or 4).
+        pixels: longest side of images that will be drawn; the position table is cut to it.
+        rank: of a LoRA: a whole number, or a share of each matrix's change such as 0.9.
+        out: folder; runs/export/FORMAT-BITS by default.
+        teacher: folder of the student's teacher, for a LoRA; the bundled one is known.
+        prompts: file of prompts to compare images with, for a model of your own.
+        set: a limit of the gate or a setting of rounding, such as gate.loss_6=2 or quantize.seed=3.
+    """
+    from fewstep.recipes import export as exporting
+
+    _prepare()
+    settings, limits = exporting.resolve(
+        student, to, bits, average, recover, dynamic, text_bits, pixels, rank, list(set)
+    )
+    place = out or Path("runs/export") / exporting.name_of(settings)
+    found = exporting.run(settings, exporting.open_source(student, teacher), place, limits, prompts)
+    print(exporting.show(place, found))
+    if found["failed"]:
+        raise SystemExit(1)
+
+
+@app.command
 def doctor(out: Path = Path("runs")) -> None:
     """Look at this machine: environment, torch build, GPUs, memory, disk, hub login; then draw and check a few images.
 

@@ -13,7 +13,9 @@ from fewstep import __version__
 from fewstep.conditioning import ENCODERS
 from fewstep.engine.checkpoint import whole_folder
 
-Kind = Literal["teacher", "student_trajectory", "student_distribution", "student_low", "student_high", "student"]
+Kind = Literal[
+    "teacher", "student_trajectory", "student_distribution", "student_low", "student_high", "student", "export"
+]
 MAKER: dict[str, str] = {
     "teacher": "teacher",
     "student_trajectory": "trajectory",
@@ -21,6 +23,7 @@ MAKER: dict[str, str] = {
     "student_low": "split",
     "student_high": "split",
     "student": "merge",
+    "export": "export",
 }
 RECORD = "artifact.json"
 HASHED_AT_ONCE = 2**24  # bytes: weights may be larger than memory
@@ -40,6 +43,9 @@ class Artifact:
         images_seen: training images of this stage.
         resolution: pixels of an image's side that it was made for; 0 is the network's own.
         encoders: text encoders that it is to be sampled with; zeros stand for the others.
+        format: how its weights are written; "diffusers" opens as a pipeline.
+        bits: of an average weight that may be rounded, without scales.
+        passed: whether it passed its gate; None where there was none.
         parents: sha256 of the weights it was made from, by kind.
         weights: sha256 of its own transformer weights.
         metrics: figures of the stage that made it.
@@ -56,6 +62,9 @@ class Artifact:
     images_seen: int
     resolution: int = 0
     encoders: tuple[str, ...] = ENCODERS
+    format: str = "diffusers"
+    bits: float = 16.0
+    passed: bool | None = None
     parents: dict[str, str] = field(default_factory=dict)
     weights: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -64,10 +73,10 @@ class Artifact:
     fewstep: str = __version__
 
 
-def weights_hash(folder: Path) -> str:
-    """sha256 over all safetensors files of a model folder, by relative name and content."""
+def weights_hash(folder: Path, pattern: str = "*.safetensors") -> str:
+    """sha256 over all files of a model folder that fit the pattern, by relative name and content."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
+    for path in sorted(p for p in folder.rglob(pattern) if p.is_file()):
         digest.update(path.relative_to(folder).as_posix().encode())
         with path.open("rb") as file:
             while chunk := file.read(HASHED_AT_ONCE):
@@ -88,9 +97,18 @@ def write(folder: Path, record: Artifact, save_model: Callable[[Path], Any]) -> 
     """
     with whole_folder(folder) as partial:
         save_model(partial)
-        whole = replace(record, weights=weights_hash(partial))
+        whole = replace(record, weights=weights_hash(partial, "*" if record.kind == "export" else "*.safetensors"))
         (partial / RECORD).write_text(json.dumps(asdict(whole), indent=1) + "\n")
     return whole
+
+
+def mark(folder: Path, passed: bool, metrics: dict[str, float]) -> Artifact:
+    """Write the verdict of a gate into a record, with the figures that it rests on."""
+    marked = replace(read(folder), passed=passed, metrics=metrics)
+    partial = folder / (RECORD + ".partial")
+    partial.write_text(json.dumps(asdict(marked), indent=1) + "\n")
+    partial.replace(folder / RECORD)
+    return marked
 
 
 def exists(folder: Path) -> bool:

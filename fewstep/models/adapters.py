@@ -117,7 +117,7 @@ def _filled(network: SD3Transformer2DModel, weights: Mapping[str, Tensor]) -> SD
 
 
 def merged(network: SD3Transformer2DModel) -> SD3Transformer2DModel:
-    """A plain float32 network on the CPU, W + B A in place of each adapted matrix; one without adapters as it is."""
+    """A plain float32 network on the CPU, W + B A (and biases) in place of what was adapted; one without adapters as it is."""
     if not has(network):
         return network
     plain = {n.replace(".base_layer", ""): eight_bit.plain(t).to("cpu", torch.float32) for n, t in network.state_dict().items()}
@@ -126,6 +126,9 @@ def merged(network: SD3Transformer2DModel) -> SD3Transformer2DModel:
             b = plain[name.replace(".lora_A.", ".lora_B.default.")]
             module = name.partition(".lora_A.")[0]
             plain[f"{module}.weight"] = plain[f"{module}.weight"] + b @ a.to("cpu", torch.float32)
+            bias = plain.get(f"{module}.lora_B.default.bias")  # of those that were extracted from a whole student
+            if bias is not None:
+                plain[f"{module}.bias"] = plain[f"{module}.bias"] + bias
     with torch.device("meta"):
         made: SD3Transformer2DModel = SD3Transformer2DModel.from_config(network.config)
     made.load_state_dict({n: t for n, t in plain.items() if _OWN not in n}, assign=True)

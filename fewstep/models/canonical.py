@@ -5,7 +5,6 @@ Every format starts from here, so that what a target lacks is rewritten in one p
 
 from __future__ import annotations
 
-import copy
 import math
 
 import torch
@@ -13,6 +12,7 @@ from diffusers import SD3Transformer2DModel
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
+from fewstep.models import adapters
 from fewstep.models.sd3 import TRAIN_TIMESTEPS
 
 LEAST = 2.0**-7  # divisor of `SafeRMSNorm`: eps / LEAST^2 is still a number in half precision
@@ -60,7 +60,7 @@ class SafeRMSNorm(nn.Module):
 
 def safe_norms(network: SD3Transformer2DModel) -> SD3Transformer2DModel:
     """A copy whose norms of queries and keys are `SafeRMSNorm`; weights are shared with the original."""
-    made = sharing(network)
+    made = adapters.share(network)
     for module in list(made.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, RMSNorm):
@@ -84,18 +84,11 @@ def cropped(network: SD3Transformer2DModel, side: int) -> SD3Transformer2DModel:
     if not 1 <= side <= there:
         raise ValueError(f"a table of {side} x {side} positions: the network has {there} x {there}")
     side += (there - side) % 2  # so that the middle stays the middle
-    made = sharing(network)
+    made = adapters.share(network)
     table = made.pos_embed.pos_embed.reshape(1, there, there, -1)
     cut = (there - side) // 2
     table = table[:, cut : cut + side, cut : cut + side].reshape(1, side * side, -1).clone()
     made.pos_embed.register_buffer("pos_embed", table, persistent=True)
     made.pos_embed.pos_embed_max_size = side
     made.register_to_config(pos_embed_max_size=side)
-    return made
-
-
-def sharing(network: SD3Transformer2DModel) -> SD3Transformer2DModel:
-    """A copy of the modules, not of their weights."""
-    kept = [*network.parameters(), *network.buffers()]
-    made: SD3Transformer2DModel = copy.deepcopy(network, {id(tensor): tensor for tensor in kept})
     return made

@@ -15,7 +15,7 @@ from diffusers import SD3Transformer2DModel
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fewstep.models import canonical
+from fewstep.models import adapters
 from fewstep.models.sd3 import TRAIN_TIMESTEPS
 
 EMBEDDING = "time_text_embed"  # what every modulation is made of
@@ -47,13 +47,12 @@ class Stored(nn.Module):
 
     def __init__(self, table: Tensor, chosen: Chosen) -> None:
         super().__init__()
-        self.register_buffer("table", table, persistent=False)
+        self.table = nn.Buffer(table, persistent=False)
         self._chosen = (chosen,)  # not a submodule
 
     def forward(self, embedding: Tensor) -> Tensor:
         """Modulations (B, width) of the prompts that they were computed for, in their order."""
-        table: Tensor = self.table
-        return table[self._chosen[0].number]
+        return self.table[self._chosen[0].number]
 
 
 def names(network: nn.Module) -> list[str]:
@@ -89,7 +88,7 @@ def freed(network: SD3Transformer2DModel, grid: Sequence[float], found: dict[str
         grid: the times of `found`.
         found: see `tables`.
     """
-    made, chosen = canonical.sharing(network), Chosen(grid[:-1])
+    made, chosen = adapters.share(network), Chosen(grid[:-1])
     for name, table in found.items():
         parent, _, last = name.rpartition(".")
         setattr(made.get_submodule(parent), last, Stored(table, chosen))

@@ -9,7 +9,17 @@ from fewstep.data import prompt_files
 from fewstep.grids import check_grid
 from fewstep.models import roles
 from fewstep.recipes import RECIPES
-from fewstep.stages import autoencoder, distribution, encoders, evaluate, merge, split, teacher, trajectory
+from fewstep.stages import (
+    autoencoder,
+    distribution,
+    encoders,
+    evaluate,
+    gate,
+    merge,
+    split,
+    teacher,
+    trajectory,
+)
 
 
 def _refuse_empty(budgets: dict[str, int]) -> None:
@@ -36,6 +46,7 @@ class Distillation:
         roles: what of the networks is trained, and where.
         encoders: which text encoders the student does without, and how often.
         trajectory, distribution, split, merge, evaluate: settings of the stages.
+        gate: what an export of the student may lose.
     """
 
     name: str
@@ -54,6 +65,7 @@ class Distillation:
     split: split.Config = field(default_factory=split.Config)
     merge: merge.Config = field(default_factory=merge.Config)
     evaluate: evaluate.Config = field(default_factory=evaluate.Config)
+    gate: gate.Config = field(default_factory=gate.Config)
 
     stages = ("trajectory", "distribution", "split", "merge", "evaluate")
 

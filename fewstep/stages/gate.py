@@ -56,10 +56,10 @@ class Config:
 
 def scores(found: Outcome, reference: Outcome) -> dict[str, dict[str, float]]:
     """Strict points of an artefact less those of its reference, by task and overall, with intervals over prompts."""
-    pair = [outcomes.verdicts(o, "strict") for o in (found, reference)]
     tasks = outcomes.tasks(found)
-    own = [statistics.bootstrap(v, tasks) for v in pair]
-    apart = statistics.paired(*pair, tasks)
+    right, before = outcomes.verdicts(found, "strict"), outcomes.verdicts(reference, "strict")
+    own = [statistics.bootstrap(verdicts, tasks) for verdicts in (right, before)]
+    apart = statistics.paired(right, before, tasks)
     return {
         task: {
             "artefact": POINTS * own[0][task].mean,

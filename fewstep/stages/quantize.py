@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from fewstep import noise
 from fewstep.conditioning import TextCond
+from fewstep.engine.checkpoint import Stateful
 from fewstep.engine.log import Progress
 from fewstep.engine.loop import train
 from fewstep.engine.optim import Optim, Optimizer
@@ -105,7 +106,8 @@ def sensitivity(
     Returns:
         {group: {bits: cost}}.
     """
-    velocity, modules, found = sd3.velocity(network), dict(network.named_modules()), {}
+    velocity, modules = sd3.velocity(network), dict(network.named_modules())
+    found: dict[str, dict[int, float]] = {}
     there = [torch.full((len(cond),), t) for t in path.grid[:-1]]
     square = float(path.v.square().mean())
     members = groups(network, config.kept)
@@ -239,7 +241,7 @@ def recover(
         return {"loss": float(loss.detach()), "grad_norm": float(optimizer.step(seen, config.recover))}
 
     total = config.recover - config.recover % config.batch
-    parts = {"student": roles.Trained(student), "optimizer": optimizer}
+    parts: dict[str, Stateful] = {"student": roles.Trained(student), "optimizer": optimizer}
     train(step, parts, stage="recover", total_images=total, images_per_step=config.batch, work=work, metrics=metrics)
     for name in planned:
         parametrize.remove_parametrizations(modules[name], "weight", leave_parametrized=False)

@@ -1,0 +1,324 @@
+"""Stage `export`: a student in the format of whoever runs it, with its weights in 16 bits or fewer.
+
+Which bits a format has, and what else, is in `FORMATS`; settings that a format cannot have are refused before anything is
+written. What is written is opened again by its own runtime (`velocity`), by which the gate measures it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
+from fewstep.conditioning import TextCond
+from fewstep.engine.artifact import Artifact
+from fewstep.flow import Velocity
+from fewstep.models import adapters, canonical, sd3, single_file, sources, widths
+from fewstep.stages.quantize import Config as Quantize
+from fewstep.stages.quantize import Round
+
+Format = Literal["diffusers", "torchao", "single", "lora", "gguf", "onnx", "openvino", "coreml"]
+GGUF, SINGLE, COMFY_LORA, T5 = "student.gguf", "student.safetensors", "comfy_lora.safetensors", "t5.gguf"
+WORKFLOW, PAGE = "workflow.json", "workflow_page.json"  # for ComfyUI's API, and to be dropped on its page
+
+
+class Has(NamedTuple):
+    """What a format has: widths of matrices and of text encoders; whether its readers expect the whole position table."""
+
+    bits: tuple[int, ...]
+    text_bits: tuple[int, ...]
+    whole_table: bool
+    readers: str
+
+
+FORMATS: dict[str, Has] = {
+    "diffusers": Has((16,), (16,), False, "diffusers"),
+    "torchao": Has((8,), (16, 8), False, "diffusers with torchao"),
+    "single": Has((16,), (16,), True, "ComfyUI, diffusers"),
+    "lora": Has((16,), (16,), True, "diffusers, ComfyUI"),
+    "gguf": Has((16, 8, 6, 4), (16, 8, 6, 4), True, "ComfyUI-GGUF, stable-diffusion.cpp, diffusers"),
+    "onnx": Has((16, 8, 4), (16,), False, "ONNX Runtime"),
+    "openvino": Has((16, 8, 4), (16,), False, "OpenVINO"),
+    "coreml": Has((16, 8, 6, 4), (16,), False, "Core ML on a Mac, iPhone or iPad"),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is written.
+
+    Attributes:
+        to: format.
+        quantize: widths of the denoiser's matrices.
+        dynamic: of torchao: round what comes into a product, too.
+        text_bits: of the text encoders' matrices (gguf: T5's).
+        pixels: longest side of an image that the position table must reach; the rest of it is left out. 0: the student's own
+            resolution, or the whole table where a format's readers expect that.
+        rank: of a LoRA: a whole number, or a share such as 0.9 of each matrix's change.
+    """
+
+    to: Format = "torchao"
+    quantize: Quantize = field(default_factory=Quantize)
+    dynamic: bool = False
+    text_bits: int = 16
+    pixels: int = 0
+    rank: float = 64
+
+    def __post_init__(self) -> None:
+        has = FORMATS[self.to]
+        asked = self.quantize.choices if self.quantize.average else (self.quantize.bits,)
+        for bits, there, what in [(b, has.bits, "") for b in asked] + [(self.text_bits, has.text_bits, "text encoders in ")]:
+            if bits not in there:
+                others = [name for name, h in FORMATS.items() if bits in (h.text_bits if what else h.bits)]
+                only = ", ".join(map(str, there))
+                raise ValueError(f"{self.to} has no {what}{bits} bits, only {only}: --to {' or '.join(others) or 'gguf'} has")
+        if self.dynamic and self.to != "torchao":
+            raise ValueError(f"dynamic is a way of torchao's: --to torchao, or leave it out of --to {self.to}")
+        if self.quantize.recover and self.quantize.bits == widths.FULL and not self.quantize.average:
+            raise ValueError("recover makes up for what rounding costs, and 16 bits cost nothing: give fewer bits")
+        if self.pixels < 0 or self.pixels % 16:
+            raise ValueError(f"pixels = {self.pixels}: a multiple of 16, or 0")
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The student that is exported.
+
+    Attributes:
+        folder: its artefact, a pipeline folder of 16-bit weights.
+        record: what it is.
+        pipe: it, opened in float32.
+        cond: conditions of a few prompts, for formats that are made or checked with numbers.
+        latent: (16, H, W) of its images.
+        teacher: the folder of its teacher, for a LoRA.
+    """
+
+    folder: Path
+    record: Artifact
+    pipe: StableDiffusion3Pipeline
+    cond: TextCond
+    latent: tuple[int, int, int]
+    teacher: Path | None = None
+
+
+def round_trip(to: Format) -> Round:
+    """How a format rounds a matrix, computed in torch; of graphs by rows, as their tools do in 8 bits."""
+    if to == "gguf":
+        from fewstep.formats import gguf
+
+        return gguf.rounded
+    if to == "coreml":
+        from fewstep.formats import coreml
+
+        return coreml.round_trip
+    from fewstep.formats import torchao
+
+    def by_rows(weight: Any, bits: int) -> Any:
+        if bits == widths.FULL:
+            return weight
+        if bits != torchao.BITS:
+            raise ValueError(f"average and recover need to know how {to} rounds to {bits} bits: give 8 bits, or --to gguf")
+        return torchao.rounded(weight)
+
+    return by_rows
+
+
+def canonical_of(config: Config, source: Source, network: SD3Transformer2DModel) -> SD3Transformer2DModel:
+    """The denoiser with as much of its position table as is asked for.
+
+    Raises:
+        ValueError: an image larger than the student knows.
+    """
+    if not config.pixels and FORMATS[config.to].whole_table:
+        return network
+    longest = config.pixels or 8 * max(source.latent[1:])
+    return canonical.cropped(network, longest // 16)
+
+
+def write(
+    config: Config, source: Source, network: SD3Transformer2DModel, planned: widths.Widths, folder: Path
+) -> dict[str, Any]:
+    """Write a student in a format.
+
+    Args:
+        config: which.
+        source: the student.
+        network: its denoiser as it is to be written (see `canonical_of`), perhaps trained to be rounded.
+        planned: widths.
+        folder: an existing folder, part of an artefact that is being written.
+
+    Returns:
+        Facts for the record, such as what a LoRA does not hold.
+
+    Raises:
+        ValueError: a library that is missing, or something that the format cannot have.
+        OSError: a full disk.
+    """
+    makers: dict[str, Callable[..., dict[str, Any]]] = {
+        "diffusers": _folder,
+        "torchao": _folder,
+        "single": _single,
+        "lora": _lora,
+        "gguf": _gguf,
+        "onnx": _graph,
+        "openvino": _graph,
+        "coreml": _coreml,
+    }
+    assert makers.keys() == set(get_args(Format))
+    return makers[config.to](config, source, network, planned, folder)
+
+
+def velocity(folder: Path, record: Artifact, source: Source, threads: int | None = None) -> Velocity:
+    """A denoiser that lies on disk, run by its own runtime (Core ML, which runs on Apple's machines alone: by torch).
+
+    Args:
+        folder: an export.
+        record: its record.
+        source: the student it was made of; formats that hold a denoiser alone take the rest from there.
+        threads: of the processor, for runtimes of their own.
+
+    Raises:
+        ValueError: damaged, or a library is missing.
+    """
+    if record.format == "gguf":
+        from fewstep.formats import gguf
+
+        return gguf.velocity(folder / GGUF, source.folder)
+    if record.format == "onnx":
+        from fewstep.formats import onnx
+
+        return onnx.velocity(folder / "onnx", threads)
+    if record.format == "openvino":
+        from fewstep.formats import openvino
+
+        return openvino.velocity(folder / "openvino", threads)
+    if record.format == "coreml":
+        from fewstep.formats import coreml
+
+        network = canonical.cropped(source.pipe.transformer, max(source.latent[1:]) // 2)
+        return coreml.velocity(folder / "coreml", network)
+    if record.format == "single":
+        return sd3.velocity(single_file.load(folder / SINGLE, source.folder).transformer)
+    if record.format == "lora":
+        assert source.teacher is not None
+        pipe = sd3.load(source.teacher, without=sd3.ENCODERS)
+        pipe.load_lora_weights(str(folder), weight_name=adapters.FILE)
+        return sd3.velocity(pipe.transformer)
+    return sd3.velocity(sd3.load(folder, without=(*sd3.ENCODERS, "vae")).transformer)
+
+
+def files(folder: Path, record: Artifact) -> list[Path]:
+    """What a denoiser takes on disk: the files of its weights and graph."""
+    at = {
+        "gguf": [GGUF],
+        "single": [SINGLE],
+        "lora": [adapters.FILE],
+        "onnx": ["onnx/denoiser.*"],
+        "openvino": ["openvino/denoiser.*"],
+        "coreml": ["coreml/denoiser*/**/*"],
+    }.get(record.format, ["transformer/*.safetensors"])
+    return [path for pattern in at for path in sorted(folder.glob(pattern)) if path.is_file()]
+
+
+def _folder(
+    config: Config, source: Source, network: SD3Transformer2DModel, planned: widths.Widths, folder: Path
+) -> dict[str, Any]:
+    small = sd3.ENCODERS if config.text_bits == 8 else ()
+    left = [name for name in small if (source.folder / name).is_dir()]
+    sources.link(source.folder, folder, without=("transformer", *left), copies=True)
+    if config.to == "diffusers":
+        sd3.save_half(network, folder / "transformer")
+        return {}
+    from fewstep.formats import torchao
+
+    torchao.write(network, folder / "transformer", planned, config.dynamic)
+    for name in left:
+        torchao.write_encoder(source.folder / name, folder / name)
+    return {"open_with": "torch_dtype=torch.bfloat16"}
+
+
+def _single(
+    config: Config, source: Source, network: SD3Transformer2DModel, planned: widths.Widths, folder: Path
+) -> dict[str, Any]:
+    pipe = _with(source.pipe, network)
+    single_file.export(pipe, folder / SINGLE, encoders=True)
+    _workflow(source, folder, SINGLE)
+    return {}
+
+
+def _lora(
+    config: Config, source: Source, network: SD3Transformer2DModel, planned: widths.Widths, folder: Path
+) -> dict[str, Any]:
+    from fewstep.formats import lora
+
+    if source.teacher is None:
+        raise ValueError("a LoRA is the difference from a teacher: give its folder with --teacher")
+    teacher = sd3.load(source.teacher, without=(*sd3.ENCODERS, "vae")).transformer
+    rank = int(config.rank) if config.rank == int(config.rank) and config.rank >= 1 else config.rank
+    state, residuals = lora.extract(network, teacher, rank)
+    lora.write(state, folder / adapters.FILE, "peft")
+    lora.write(state, folder / COMFY_LORA, "comfy")
+    _workflow(source, folder, "the teacher's checkpoint.safetensors", lora=COMFY_LORA)
+    print(lora.show(residuals))
+    return {"lost_peft": residuals.lost("peft"), "lost_comfy": residuals.lost("comfy")}
+
+
+def _gguf(
+    config: Config, source: Source, network: SD3Transformer2DModel, planned: widths.Widths, folder: Path
+) -> dict[str, Any]:
+    from fewstep.formats import gguf
+
+    told = {"grid": source.record.grid, "guidance_scale": source.record.guidance_scale, "t5_tokens": source.record.t5_tokens}
+    gguf.write(network, folder / GGUF, planned, told)
+    if config.text_bits < widths.FULL and source.pipe.text_encoder_3 is not None:
+        gguf.write_t5(source.pipe.text_encoder_3, folder / T5, config.text_bits)
+    t5 = T5 if (folder / T5).exists() else "t5xxl_fp16.safetensors"
+    called = {"clip_l": "clip_l.safetensors", "clip_g": "clip_g.safetensors", "t5": t5}
+    names = [called[name] for name in source.record.encoders if name != "t5" or source.record.t5_tokens]
+    _workflow(source, folder, GGUF, encoders=names, vae="sd3_vae.safetensors")
+    return {}
+
+
+def _graph(
+    config: Config, source: Source, network: SD3Transformer2DModel, planned: widths.Widths, folder: Path
+) -> dict[str, Any]:
+    from fewstep.formats import onnx, openvino
+
+    made = onnx if config.to == "onnx" else openvino
+    made.write(_with(source.pipe, network), folder / config.to, planned)
+    return {}
+
+
+def _coreml(
+    config: Config, source: Source, network: SD3Transformer2DModel, planned: widths.Widths, folder: Path
+) -> dict[str, Any]:
+    from fewstep.formats import coreml
+
+    coreml.write(_with(source.pipe, network), folder / "coreml", planned, source.cond[0], source.record.grid, source.latent)
+    return {}
+
+
+def _with(pipe: StableDiffusion3Pipeline, network: SD3Transformer2DModel) -> StableDiffusion3Pipeline:
+    """The pipeline with another denoiser; the one that is given stays as it is."""
+    return StableDiffusion3Pipeline(**{**pipe.components, "transformer": network})
+
+
+def _workflow(source: Source, folder: Path, checkpoint: str, **names: Any) -> None:
+    """ComfyUI's two forms of the workflow that samples the student on its own grid."""
+    from fewstep.formats import comfy
+
+    side = 8 * max(source.latent[1:])
+    graph = comfy.workflow(source.record, checkpoint, "a photograph of a red fox in the snow", side, side, **names)
+    comfy.write(graph, folder / WORKFLOW)
+    comfy.write(comfy.page(graph), folder / PAGE)
+
+
+def settings(config: Config, planned: widths.Widths) -> dict[str, Any]:
+    """What the record of an export says of how it was made; widths where they differ."""
+    mixed = {"widths": planned} if len(set(planned.values())) > 1 else {}
+    told: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return told | mixed
