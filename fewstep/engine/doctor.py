@@ -47,7 +47,7 @@ def environment() -> Iterator[Finding]:
     for text in importlib.metadata.requires("fewstep") or []:
         requirement = Requirement(text)
         extra = re.search(r"extra == ['\"](\w+)['\"]", text)
-        if extra and extra[1] == "dev":
+        if requirement.name == "fewstep" or extra and extra[1] == "dev":
             continue
         yield installed(requirement, extra[1] if extra else "")
 

@@ -103,6 +103,10 @@ def show(path: Path | None) -> None:
         if (path / "report.html").is_file():
             print_result(path / "report.html")
         return
-    record = to_dict(artifact.read(path))
-    record.pop("config")
-    print(yaml.safe_dump(record, sort_keys=False).rstrip())
+    record = artifact.read(path)
+    told = to_dict(record)
+    told.pop("config")
+    print(yaml.safe_dump(told, sort_keys=False).rstrip())
+    if record.kind == "export":
+        verdict = {True: "it passed its gate", False: "it did not pass its gate", None: "it has not been through a gate"}
+        print(f"\n{verdict[record.passed]}; gate.json and gate.png beside it hold the figures and the worst images")

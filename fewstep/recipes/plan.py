@@ -11,9 +11,10 @@ from fewstep.engine import artifact, ranks
 from fewstep.engine.config import to_dict
 from fewstep.engine.log import clock
 from fewstep.models import sd3
-from fewstep.recipes import budget, distil, memory, teacher
+from fewstep.recipes import RECIPES, budget, distil, footprint, memory, teacher
 from fewstep.recipes.pipeline import Distillation, Pipeline
 from fewstep.stages import trajectory
+from fewstep.worlds.shapes import STUDENT_4
 
 ALONE = ("health", "merge", "evaluate")  # parts that more GPUs do not shorten: one process does them, or all do the same
 
@@ -92,3 +93,24 @@ def _measured(pipeline: Distillation) -> budget.Speed:
         return budget.measure(teacher.open_networks(folder, pipeline.roles, sd3.ENCODERS), pipeline, record.t5_tokens)
     except torch.OutOfMemoryError:
         raise ValueError("there is not enough memory to measure this recipe here: --gpus says what would make it fit") from None
+
+
+def inference(model: str, pixels: tuple[int, ...] = ()) -> str:
+    """What drawing an image takes of memory, as printed.
+
+    Args:
+        model: a recipe, whose student is meant, or a model's folder.
+        pixels: sides of images; empty: the usual ones.
+
+    Raises:
+        ValueError: neither, or a size that the model does not know.
+    """
+    sizes = [name for name in footprint.FULL_SIZE if model.startswith(f"sd35_{name}")]
+    source: str | Path = sizes[0] if sizes else Path(model)
+    if not sizes and model in RECIPES:
+        source = STUDENT_4
+    elif not sizes and not Path(model).is_dir():
+        raise ValueError(f"{model} is neither a recipe nor a model's folder; recipes: {', '.join(RECIPES)}")
+    parts, rows = footprint.components(source), footprint.table(source, pixels)
+    told = footprint.show(rows, parts)
+    return f"{told}\n\n{footprint.readings(rows, parts)}" if source == "medium" else told

@@ -244,10 +244,15 @@ def _folder(
 def _single(
     config: Config, source: Source, network: SD3Transformer2DModel, planned: widths.Widths, folder: Path
 ) -> dict[str, Any]:
-    pipe = _with(source.pipe, network)
-    single_file.export(pipe, folder / SINGLE, encoders=True)
-    _workflow(source, folder, SINGLE)
-    return {}
+    pipe, first = _with(source.pipe, network), source.pipe.text_encoder
+    try:
+        single_file.refuse_projection(first.text_projection.weight.half() if first is not None else None)
+        inside = True
+    except ValueError:  # a first encoder that readers of single files would open as another one
+        inside = False
+    single_file.export(pipe, folder / SINGLE, encoders=inside)
+    _workflow(source, folder, SINGLE, **({} if inside else {"encoders": _encoder_files(source)}))
+    return {"text_encoders_inside": inside}
 
 
 def _lora(
@@ -276,9 +281,7 @@ def _gguf(
     gguf.write(network, folder / GGUF, planned, told)
     if config.text_bits < widths.FULL and source.pipe.text_encoder_3 is not None:
         gguf.write_t5(source.pipe.text_encoder_3, folder / T5, config.text_bits)
-    t5 = T5 if (folder / T5).exists() else "t5xxl_fp16.safetensors"
-    called = {"clip_l": "clip_l.safetensors", "clip_g": "clip_g.safetensors", "t5": t5}
-    names = [called[name] for name in source.record.encoders if name != "t5" or source.record.t5_tokens]
+    names = _encoder_files(source, T5 if (folder / T5).exists() else "t5xxl_fp16.safetensors")
     _workflow(source, folder, GGUF, encoders=names, vae="sd3_vae.safetensors")
     return {}
 
@@ -305,6 +308,12 @@ def _coreml(
 def _with(pipe: StableDiffusion3Pipeline, network: SD3Transformer2DModel) -> StableDiffusion3Pipeline:
     """The pipeline with another denoiser; the one that is given stays as it is."""
     return StableDiffusion3Pipeline(**{**pipe.components, "transformer": network})
+
+
+def _encoder_files(source: Source, t5: str = "t5xxl_fp16.safetensors") -> list[str]:
+    """The names by which ComfyUI's users have the text encoders that a student reads."""
+    called = {"clip_l": "clip_l.safetensors", "clip_g": "clip_g.safetensors", "t5": t5}
+    return [called[name] for name in source.record.encoders if name != "t5" or source.record.t5_tokens]
 
 
 def _workflow(source: Source, folder: Path, checkpoint: str, **names: Any) -> None:
