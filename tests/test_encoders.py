@@ -11,14 +11,18 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_recipe
+from tiny import Call, tiny_pipe, tiny_recipe
 
 from fewstep.conditioning import EncoderOutputs, Layout, TextCond, assemble, cut, drop, without
 from fewstep.engine import artifact
+from fewstep.engine.artifact import Artifact
+from fewstep.grids import STUDENT_GRIDS
 from fewstep.models import sd3
 from fewstep.recipes import execute, teacher
 from fewstep.recipes.pipeline import Distillation
+from fewstep.solvers import rollout
 from fewstep.stages import distribution, encoders
+from fewstep.worlds.shapes.architecture import MAX_TOKENS
 
 LAYOUT = Layout(clip_l=3, clip_g=5, clip_l_pooled=2, t5_tokens=4)
 PROMPTS = ["a red circle", "a blue square left of a green cross"]
@@ -157,3 +161,46 @@ def _finished(pipeline: Distillation, out: Path) -> None:
     execute.run(pipeline, out)
     data = json.loads((out / "report.json").read_text())
     assert any(row["name"] == "student_2" for row in data["rows"])
+
+
+@pytest.fixture
+def student(tmp_path: Path) -> Path:
+    record = Artifact("student", "tiny", STUDENT_GRIDS[2], 1.0, MAX_TOKENS, 1)
+    pipe = tiny_pipe()
+    artifact.write(tmp_path / "student", record, lambda at: sd3.save(pipe, at))
+    return tmp_path / "student"
+
+
+def test_the_command_measures_every_subset(student: Path, call: Call) -> None:
+    code, said, err = call("encoders", student, "--set", "pictures=2", "--out", "out")
+    assert code == 0, err
+    rows = json.loads(Path("out/encoders.json").read_text())["rows"]
+    assert len(rows) == 7 and rows[0]["encoders"] == ["clip_l", "clip_g", "t5"] and rows[0]["distance"]["mean"] == 0
+    alone = {row["encoders"][0]: row for row in rows if len(row["encoders"]) == 1}
+    assert rows[0]["mib"] == pytest.approx(sum(row["mib"] for row in alone.values()))
+    assert rows[0]["largest_mib"] == max(row["mib"] for row in alone.values())
+    assert all(row["distance"]["mean"] > 0 and row["p5_ms"] <= row["p50_ms"] <= row["p95_ms"] for row in rows[1:])
+    assert "clip_l+clip_g" in said and max(map(len, said.splitlines())) <= 110
+
+
+def test_a_student_is_written_without_an_encoder_and_stock_diffusers_draws_with_it(student: Path, call: Call) -> None:
+    code, _, err = call("encoders", student, "--keep", "clip_l,clip_g", "--set", "pictures=2", "--out", "out")
+    assert code == 0, err
+    made = artifact.read(Path("out/student"))
+    assert made.encoders == ("clip_l", "clip_g") and made.note == "without t5" and made.t5_tokens == MAX_TOKENS
+    assert not Path("out/student/text_encoder_3").exists() and made.weights != ""
+    stock = StableDiffusion3Pipeline.from_pretrained("out/student", text_encoder_3=None, tokenizer_3=None)
+    start = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    latents = stock(
+        PROMPTS[0], sigmas=[1.0, 0.5], guidance_scale=1.0, max_sequence_length=MAX_TOKENS, latents=start, output_type="latent",
+        height=64, width=64,
+    ).images  # fmt: skip
+    cond = encoders.given(("clip_l", "clip_g"), True, sd3.layout(student, MAX_TOKENS))(
+        sd3.encode(sd3.load(student), PROMPTS[:1], MAX_TOKENS)
+    )
+    with torch.no_grad():
+        ours = rollout(sd3.velocity(stock.transformer), start, made.grid, cond).x[-1]
+    torch.testing.assert_close(ours, latents, atol=1e-4, rtol=1e-4)
+    for words, message in ((["--keep", "clip_x"], "this student reads"), (["--keep", ""], "nothing: this student reads")):
+        code, _, err = call("encoders", student, *words, "--set", "pictures=2")
+        assert code == 2 and message in err

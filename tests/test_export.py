@@ -57,7 +57,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_format_comes_back_as_the_student(
     to: str, bits: int, least: float, student: Path, teacher_folder: Path, call: Call, tmp_path: Path
 ) -> None:
-    more = ["--teacher", teacher_folder, "--rank", "1.0"] if to == "lora" else []
+    more: list[object] = ["--teacher", teacher_folder, "--rank", "1.0"] if to == "lora" else []
+    more += ["--parts", "denoiser"] if to in stage.GRAPHS else []
     gates = [x for k in (16, 8, 6) for x in ("--set", f"gate.psnr_{k}=5")] + ["--set", "gate.pictures=2"]
     code, said, err = call("export", student, "--to", to, "--bits", bits, "--out", "out", *gates, *more)
     assert code == 0 and "passed" in said, err + said
@@ -135,6 +136,8 @@ def test_text_encoders_in_eight_bits_are_the_exports_own(student: Path, call: Ca
         (["--to", "gguf", "--average", 9], "average = 9 bits lies outside of choices"),
         (["--to", "single", "--recover", 64], "16 bits cost nothing"),
         (["--to", "gguf", "--pixels", 100], "a multiple of 16"),
+        (["--to", "gguf", "--parts", "denoiser"], "writes no parts of its own"),
+        (["--to", "onnx", "--parts", "decoder"], "nothing to compare"),
         (["--to", "gguf", "--set", "gate.loss_5=1"], "loss_5"),
         (["--to", "lora", "--rank", 0], "rank 0"),
         (["--to", "diffusers", "--pixels", 4096], "256 x 256 positions"),
@@ -176,7 +179,7 @@ def test_a_process_of_its_own_measures(student: Path, tmp_path: Path, monkeypatc
 def test_limits_are_the_recipes(student: Path, tmp_path: Path) -> None:
     shutil.copytree(student, tmp_path / "run" / "05-merge")
     (tmp_path / "run" / "resolved.yaml").write_text("name: shapes_4step\ngate: {loss_8: 7.5}\n")
-    asked = (str(tmp_path / "run" / "05-merge"), "gguf", 6, 0.0, 0, False, 16, 0, 64)
+    asked = (str(tmp_path / "run" / "05-merge"), "gguf", 6, 0.0, 0, False, 16, 0, (), 64)
     assert export.resolve(*asked, [])[1].loss_8 == 7.5  # type: ignore[arg-type]
     assert export.resolve(*asked, ["gate.loss_8=2"])[1].loss_8 == 2  # type: ignore[arg-type]
 

@@ -260,6 +260,7 @@ def resolve(
     dynamic: bool,
     text_bits: int,
     pixels: int,
+    parts: tuple[str, ...],
     rank: float,
     assignments: list[str],
 ) -> tuple[export.Config, gate.Config]:
@@ -270,9 +271,10 @@ def resolve(
     """
     usual = 8 if 8 in export.FORMATS[to].bits else widths.FULL
     choices = tuple(b for b in (4, 6, 8) if b in export.FORMATS[to].bits)
-    rounding = quantize.Config(bits or usual, average, choices or quantize.Config().choices, recover=recover)
-    made = override(Asked(rounding, _limits_of(student)), assignments)
-    return export.Config(to, made.quantize, dynamic, text_bits, pixels, rank), made.gate
+    rounding = quantize.Config(choices=choices or quantize.Config().choices)
+    asked = [f"quantize.bits={bits or usual}", f"quantize.average={average}", f"quantize.recover={recover}"]
+    made = override(Asked(rounding, _limits_of(student)), [*asked, *assignments])
+    return export.Config(to, made.quantize, dynamic, text_bits, pixels, parts, rank), made.gate
 
 
 def _limits_of(student: str) -> gate.Config:
