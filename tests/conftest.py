@@ -17,7 +17,7 @@ import torch
 from hypothesis import settings
 from tiny import Call
 
-from fewstep import cli
+from fewstep import cli, commands
 
 # One thread: sums are added in one order, and the tiny networks of the tests are faster without a second.
 torch.set_num_threads(1)
@@ -50,7 +50,7 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
     """Run the command in this process, from an empty folder: exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_prepare", lambda: None)  # the tests have their own number of threads
+    monkeypatch.setattr(commands, "prepare", lambda: None)  # the tests have their own number of threads
     monkeypatch.delenv("FEWSTEP_DEBUG", raising=False)
 
     def run(*words: object) -> tuple[int, str, str]:

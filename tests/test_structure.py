@@ -29,7 +29,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"engine", "evaluate", "worlds"},
     "stages": {"engine", "objectives", "models", "formats", "worlds", "data", "evaluate", "report"},
     "recipes": {"engine", "objectives", "models", "formats", "worlds", "data", "evaluate", "report", "stages"},
-    "cli": {"engine", "objectives", "models", "formats", "worlds", "data", "evaluate", "report", "stages", "recipes"},
+    "commands": {"engine", "objectives", "models", "formats", "worlds", "data", "evaluate", "report", "stages", "recipes"},
+    "cli": {"commands", "engine", "recipes"},
 }
 TORCH_ONLY = {*MATHEMATICS, "objectives"}
 # Nothing is loaded by pickle (it runs code), and nothing reaches for the network by itself.
@@ -166,6 +167,8 @@ SETTINGS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("merge",): ("stages.merge.Config",),
     ("teacher",): ("stages.teacher.Config",),
     ("evaluate",): ("stages.evaluate.Config",),
+    ("encoders",): ("stages.encoders.Config",),
+    ("gate",): ("stages.gate.Config",),
 }
 
 

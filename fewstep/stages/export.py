@@ -47,6 +47,9 @@ FORMATS: dict[str, Has] = {
 }
 
 
+GRAPHS = ("onnx", "openvino", "coreml")
+
+
 @dataclass(frozen=True)
 class Config:
     """What is written.
@@ -58,6 +61,8 @@ class Config:
         text_bits: of the text encoders' matrices (gguf: T5's).
         pixels: longest side of an image that the position table must reach; the rest of it is left out. 0: the student's own
             resolution, or the whole table where a format's readers expect that.
+        parts: of graphs (onnx, openvino, coreml): denoiser, decoder and text encoders that are written; empty: all but, for
+            coreml, the text encoders.
         rank: of a LoRA: a whole number, or a share such as 0.9 of each matrix's change.
     """
 
@@ -66,6 +71,7 @@ class Config:
     dynamic: bool = False
     text_bits: int = 16
     pixels: int = 0
+    parts: tuple[str, ...] = ()
     rank: float = 64
 
     def __post_init__(self) -> None:
@@ -80,6 +86,10 @@ class Config:
             raise ValueError(f"dynamic is a way of torchao's: --to torchao, or leave it out of --to {self.to}")
         if self.quantize.recover and self.quantize.bits == widths.FULL and not self.quantize.average:
             raise ValueError("recover makes up for what rounding costs, and 16 bits cost nothing: give fewer bits")
+        if self.parts and self.to not in GRAPHS:
+            raise ValueError(f"--to {self.to} writes no parts of its own: leave parts out, or --to {' or '.join(GRAPHS)}")
+        if self.parts and "denoiser" not in self.parts:
+            raise ValueError(f"parts {', '.join(self.parts)}: without the denoiser there is nothing to compare")
         if self.pixels < 0 or self.pixels % 16:
             raise ValueError(f"pixels = {self.pixels}: a multiple of 16, or 0")
 
@@ -292,7 +302,7 @@ def _graph(
     from fewstep.formats import onnx, openvino
 
     made = onnx if config.to == "onnx" else openvino
-    made.write(_with(source.pipe, network), folder / config.to, planned)
+    made.write(_with(source.pipe, network), folder / config.to, planned, config.parts or None)
     return {}
 
 
@@ -301,7 +311,9 @@ def _coreml(
 ) -> dict[str, Any]:
     from fewstep.formats import coreml
 
-    coreml.write(_with(source.pipe, network), folder / "coreml", planned, source.cond[0], source.record.grid, source.latent)
+    parts = config.parts or ("denoiser", "decoder")
+    pipe, record = _with(source.pipe, network), source.record
+    coreml.write(pipe, folder / "coreml", planned, source.cond[0], record.grid, source.latent, parts)
     return {}
 
 
