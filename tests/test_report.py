@@ -52,7 +52,7 @@ def outcome(name: str, right: np.ndarray) -> outcomes.Outcome:
             }
         )  # fmt: skip
     return {
-        "format": 1, "name": name, "fingerprint": "f", "protocol": PROTOCOL.hash, "grid": [], "guidance_scale": scale,
+        "format": 1, "name": name, "fingerprint": name, "protocol": PROTOCOL.hash, "grid": [], "guidance_scale": scale,
         "nfe": nfe, "seconds_per_image": 0.01 * (1 + nfe), "results": results,
     }  # fmt: skip
 
@@ -202,6 +202,18 @@ def test_verdict_says_win_tie_and_loss() -> None:
     assert loss[1] == "Student against teacher: 100.0 points below (95 % interval −100.0 to −100.0)."
     assert loss[3].startswith(
         "The distribution stage made the trajectory stage's student worse by 100.0 points"
+    )
+
+
+def test_verdict_says_that_a_merge_was_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = np.arange(len(PROTOCOL.images)) % 3 == 0
+    names = ("student_4", BASELINE, "student_trajectory", "student_distribution")
+    monkeypatch.setitem(NFE, "student_distribution", NFE["student_4"])
+    arms = [outcome(n, right) for n in names]
+    assert "Split and merge brought no detectable improvement" in sentences(numbers.build(collect(arms), {}))[-1]
+    arms[0]["fingerprint"] = arms[3]["fingerprint"]
+    assert sentences(numbers.build(collect(arms), {}))[-1] == (
+        "The student of the distribution stage scored highest on selection prompts and is the result: no mixture was better."
     )
 
 

@@ -65,6 +65,7 @@ def build(collected: Mapping[str, Any], run_info: Mapping[str, Any]) -> dict[str
         "health": list(run_info.get("health", [])),
         "changes": changes(arms[student], arms[baseline]),
         "seconds_per_image": {name: arm["seconds_per_image"] for name, arm in arms.items()},
+        "weights": {name: arm["fingerprint"] for name, arm in arms.items()},
         "protocol": {**collected["protocol"], "text": [*PROTOCOL_TEXT, split_text(split)]},
         "environment": environment(),
         "time": seconds,
@@ -201,7 +202,9 @@ def sentences(data: Mapping[str, Any]) -> list[str]:
     for after, before in stage_pairs(arms):
         stage = "Split and merge" if before == DISTRIBUTION else "The distribution stage"
         earlier, p = f"the {before.removeprefix('student_')} stage", _pair(data, after, before)
-        if p["lo"] > 0:
+        if data["weights"][after] == data["weights"][before]:
+            out.append(f"The student of {earlier} scored highest on selection prompts and is the result: no mixture was better.")
+        elif p["lo"] > 0:
             out.append(f"{stage} improved on {earlier} by {_points(p)}.")
         elif p["hi"] < 0:
             out.append(f"{stage} made {earlier}'s student worse by {_points(p)}.")
