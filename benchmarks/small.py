@@ -97,11 +97,13 @@ def table(data: dict[str, Any]) -> str:
     for name, row in data["rows"].items():
         e, near, disk, clocked = row["strict"][OVERALL], row["fidelity"], row["disk"], row["clocked"]
         ratio = disk["export"] / disk["reference"]
-        times = clocked["export"]["p50_s"] / clocked["reference"]["p50_s"]
-        used = [clocked[which]["peak_mib"] - clocked[which]["base_mib"] for which in ("export", "reference")]
+        took = memory = "–"
+        if clocked:
+            took = f"{clocked['export']['p50_s'] / clocked['reference']['p50_s']:.2f} x"
+            memory = f"{clocked['export']['peak_mib'] - clocked['export']['base_mib']:.0f} MiB"
         lines.append(
             f"| `{name}` | {row['bits']:.3g} | {ratio:.2f} x | {e['diff']:+.2f} ({e['lo']:+.2f} to {e['hi']:+.2f}) "
-            f"| {near['psnr_median']:.0f}, 5 % below {near['psnr_p5']:.0f} | {times:.2f} x | {used[0]:.0f} MiB "
+            f"| {near['psnr_median']:.0f}, 5 % below {near['psnr_p5']:.0f} | {took} | {memory} "
             f"| {'passed' if row['passed'] else '**failed**'} |"
         )
     first = next(iter(data["rows"].values()))

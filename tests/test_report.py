@@ -213,7 +213,7 @@ def test_verdict_says_that_a_merge_was_not_used(monkeypatch: pytest.MonkeyPatch)
     assert "Split and merge brought no detectable improvement" in sentences(numbers.build(collect(arms), {}))[-1]
     arms[0]["fingerprint"] = arms[3]["fingerprint"]
     assert sentences(numbers.build(collect(arms), {}))[-1] == (
-        "The student of the distribution stage scored highest on selection prompts and is the result: no mixture was better."
+        "The student of the distribution stage scored highest on selection prompts: no mixture did better, so it is kept."
     )
 
 

@@ -203,7 +203,7 @@ def sentences(data: Mapping[str, Any]) -> list[str]:
         stage = "Split and merge" if before == DISTRIBUTION else "The distribution stage"
         earlier, p = f"the {before.removeprefix('student_')} stage", _pair(data, after, before)
         if data["weights"][after] == data["weights"][before]:
-            out.append(f"The student of {earlier} scored highest on selection prompts and is the result: no mixture was better.")
+            out.append(f"The student of {earlier} scored highest on selection prompts: no mixture did better, so it is kept.")
         elif p["lo"] > 0:
             out.append(f"{stage} improved on {earlier} by {_points(p)}.")
         elif p["hi"] < 0:

@@ -122,9 +122,10 @@ def round_trip(to: Format) -> Round:
 
         return gguf.rounded
     if to == "coreml":
-        from fewstep.formats import coreml
+        from fewstep.formats import coreml, coreml_package
 
-        return coreml.round_trip
+        coreml.require()
+        return coreml_package.round_trip
     from fewstep.formats import torchao
 
     def by_rows(weight: Any, bits: int) -> Any:
