@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from tiny import Call, tiny_pipe, tiny_recipe
 
 from fewstep.conditioning import TextCond
 from fewstep.engine.config import override
-from fewstep.models import adapters, roles
-from fewstep.recipes import memory
+from fewstep.models import adapters, architectures, roles
+from fewstep.recipes import budget, memory
 from fewstep.recipes.memory import GIB
-from fewstep.recipes.pipeline import Distillation
+from fewstep.recipes.pipeline import Distillation, build
 
 TOKENS = 20
 
@@ -115,3 +116,23 @@ def test_the_command_says_what_fits(call: Call, teacher_folder: Path) -> None:
     assert code == 2 and "the recipe of a distillation" in err
     code, out, _ = call("plan", "sd35_medium_4step_frugal")
     assert code == 0 and "--calibration FILE" in out and "--gpus 1x24" in out
+
+
+def test_hours_by_arithmetic() -> None:
+    frugal, faithful = (build(f"sd35_medium_4step{tier}") for tier in ("_frugal", ""))
+    assert isinstance(frugal, Distillation) and isinstance(faithful, Distillation)
+    one = budget.counted(frugal, 1.0)
+    with torch.device("meta"):  # an image's token meets the image's weights, a token of text the text's, adaLN none
+        blocks = SD3Transformer2DModel.from_config(architectures.SD35_MEDIUM).transformer_blocks
+    sizes = {name: p.numel() for name, p in blocks.named_parameters() if p.ndim == 2 and ".norm1" not in name}
+    text = sum(n for name, n in sizes.items() if ".add_" in name or "to_add_out" in name or "context" in name)
+    matrices = 2 * (1024 * (sum(sizes.values()) - text) + 333 * text) / 1e12
+    assert matrices < 1 / one.forward < 1.25 * matrices  # attention comes on top
+    assert one.train == pytest.approx(one.forward / 3)  # adapters: back through what comes in; blocks computed again
+    whole = budget.counted(faithful, 1.0)
+    assert whole.train == pytest.approx(whole.forward / 4) and whole.forward < one.forward  # 1024 pixels, all weights
+    assert budget.counted(frugal, 60.0).forward == pytest.approx(60 * one.forward)
+    for recipe in ("medium_4step", "medium_2step", "large_4step"):  # on a card that sustains a third of an RTX 4090's 165
+        pipeline = build(f"sd35_{recipe}_frugal")
+        assert isinstance(pipeline, Distillation)
+        assert sum(budget.seconds(pipeline, budget.counted(pipeline, 60.0)).values()) < 10 * 3600

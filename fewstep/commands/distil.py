@@ -73,6 +73,7 @@ def plan(
     gpus: str | None = None,
     calibration: Path | None = None,
     calibrate: Path | None = None,
+    tflops: float = 0.0,
     inference: bool = False,
     pixels: tuple[int, ...] = (),
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE"), tyro.conf.UseAppendAction] = (),
@@ -93,6 +94,7 @@ def plan(
         gpus: number and memory in GiB, such as 1x24.
         calibration: a file that --calibrate wrote: time is told by it, and divided among --gpus.
         calibrate: measure this machine with the recipe's networks, and keep the rates in this file.
+        tflops: tell time by arithmetic, for a card that sustains so many teraflops a second, such as 60.
         inference: tell the memory of drawing images.
         pixels: sides of these images; 512 and 1024 where the model knows them.
         set: change one setting, section.key=value; may be given several times.
@@ -107,7 +109,7 @@ def plan(
         return
     pipeline = demonstration.resolve(recipe, list(set), config)
     planning.show(pipeline)
-    planning.costs(pipeline, gpus, calibration, calibrate)
+    planning.costs(pipeline, gpus, calibration, calibrate, tflops)
 
 
 def cache(

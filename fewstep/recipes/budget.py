@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.conditioning import TextCond
 from fewstep.engine.precision import fast_dtype
 from fewstep.models import roles, sd3
-from fewstep.recipes import distil
+from fewstep.recipes import distil, memory
 from fewstep.recipes.pipeline import Distillation
 from fewstep.stages import trajectory
 
@@ -84,6 +85,35 @@ def measure(pipe: StableDiffusion3Pipeline, pipeline: Distillation, t5_tokens: i
 
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"a CPU, {torch.get_num_threads()} threads"
     return Speed(rate(forward), rate(train), 0.7 * rate(lambda: sd3.decode(pipe, x)), where, _work(pipeline))
+
+
+def counted(pipeline: Distillation, tflops: float) -> Speed:
+    """Rates by arithmetic: operations of a pass, counted on tensors without memory, at so many teraflops a second.
+
+    What a card really does is a third to a half of what its maker names. Decoding is taken for a forward pass, which it is
+    about at 512 pixels.
+
+    Args:
+        pipeline: says what is trained, and at which size.
+        tflops: 10^12 multiplications and additions a second that the card sustains.
+
+    Raises:
+        ValueError: not a positive number, or a teacher that is not there.
+    """
+    if not 0 < tflops < float("inf"):
+        raise ValueError(f"--tflops {tflops:g}: give what the card sustains, such as 60 (a third of an RTX 4090's 165)")
+    config, size = memory.configuration(pipeline), pipeline.resolution // 8
+    size = size or config["sample_size"]
+    with torch.device("meta"):
+        network = SD3Transformer2DModel.from_config(config).requires_grad_(False)
+        x, pooled = torch.zeros(1, config["in_channels"], size, size), torch.zeros(1, config["pooled_projection_dim"])
+        tokens = torch.zeros(1, memory.text_tokens(pipeline), config["joint_attention_dim"])
+        with FlopCounterMode(display=False) as operations, torch.no_grad():
+            network(x, encoder_hidden_states=tokens, pooled_projections=pooled, timestep=torch.ones(1), return_dict=False)
+    forward = 1e12 * tflops / operations.get_total_flops()
+    # back through what comes in, and through the weights where they are trained; blocks may be computed twice
+    passes = 1 + (2 if pipeline.roles.trained == "full" else 1) + pipeline.roles.checkpointing
+    return Speed(forward, forward / passes, forward, f"a card that sustains {tflops:g} teraflops (arithmetic, not measured)")
 
 
 def _work(pipeline: Distillation) -> str:

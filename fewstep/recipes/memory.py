@@ -113,7 +113,7 @@ def network(
         compute: type that networks are run in; None is that of their weights.
     """
     config, chosen = config or configuration(pipeline), pipeline.roles
-    size, tokens = pipeline.resolution // 8 or config["sample_size"], _text_tokens(pipeline)
+    size, tokens = pipeline.resolution // 8 or config["sample_size"], text_tokens(pipeline)
     rank = chosen.rank if chosen.trained == "lora" else 0
     asked = json.dumps(config), rank, chosen.frozen_dtype, size, tokens, chosen.checkpointing, more, compute
     weights, matrices, constants, own, width, *back = _measured(*asked, min(batch, 2))
@@ -229,7 +229,7 @@ def phases(
     return out
 
 
-def _text_tokens(pipeline: Distillation) -> int:
+def text_tokens(pipeline: Distillation) -> int:
     folder = folder_of(pipeline)
     of_clip = folder / "tokenizer" / "tokenizer_config.json"
     clip = json.loads(of_clip.read_text(encoding="utf-8"))["model_max_length"] if of_clip.is_file() else CLIP_TOKENS
@@ -327,4 +327,4 @@ def disk(pipeline: Distillation, prompts: int) -> float:
 def condition(pipeline: Distillation) -> int:
     """Bytes of one stored text condition."""
     config, width = configuration(pipeline), getattr(torch, pipeline.roles.frozen_dtype).itemsize
-    return int((_text_tokens(pipeline) * config["joint_attention_dim"] + config["pooled_projection_dim"]) * width)
+    return int((text_tokens(pipeline) * config["joint_attention_dim"] + config["pooled_projection_dim"]) * width)

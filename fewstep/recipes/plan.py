@@ -44,7 +44,9 @@ def show(pipeline: Pipeline) -> None:
     print(f"evaluate      {asked}, {e.seeds} seeds")
 
 
-def costs(pipeline: Pipeline, gpus: str | None, calibration: Path | None, calibrate: Path | None) -> None:
+def costs(
+    pipeline: Pipeline, gpus: str | None, calibration: Path | None, calibrate: Path | None, tflops: float = 0.0
+) -> None:
     """Print what a recipe takes.
 
     Args:
@@ -52,21 +54,23 @@ def costs(pipeline: Pipeline, gpus: str | None, calibration: Path | None, calibr
         gpus: of such a GPU's memory.
         calibration: time, by rates that were measured somewhere. Without it and `gpus` this machine is measured.
         calibrate: measure this machine, and keep the rates in this file.
+        tflops: time, by arithmetic, on a card that sustains so many; 0 is not asked for.
 
     Raises:
         ValueError: not a distillation, a file that holds no rates, or `gpus` as in `memory.report`.
     """
     if ranks.count() > 1:
         raise ValueError("a plan is made by one process: start it without torchrun")
-    if calibration and calibrate:
-        raise ValueError("give either --calibrate, which measures, or --calibration, which reads what was measured")
+    if sum(map(bool, (calibration, calibrate, tflops))) > 1:
+        raise ValueError("give one of --calibrate, which measures, --calibration, which reads what was measured, and --tflops")
     if not isinstance(pipeline, Distillation):
-        if gpus or calibration or calibrate:
+        if gpus or calibration or calibrate or tflops:
             raise ValueError("only distillations have costs to be planned; give the recipe of a distillation")
         return
     if gpus:
         print(f"\n{memory.report(pipeline, gpus)}")
     speed = budget.read(calibration, pipeline) if calibration else None
+    speed = budget.counted(pipeline, tflops) if tflops else speed
     small = pipeline.evaluate.benchmark == "shapes"
     if calibrate or (speed is None and gpus is None and small):
         speed = _measured(pipeline)
@@ -75,7 +79,8 @@ def costs(pipeline: Pipeline, gpus: str | None, calibration: Path | None, calibr
         print(f"\nrates of {speed.where} are kept in {calibrate}")
     if speed is None:
         more = "" if gpus else "memory: --gpus 1x24. "
-        print(f"\n{more}Time: --calibration FILE, with a file that --calibrate FILE wrote on the machine that will train")
+        print(f"\n{more}Time: --calibration FILE, with a file that --calibrate FILE wrote on the machine that will train;")
+        print("or by arithmetic, --tflops 60, with what the card sustains")
         return
     count = memory.parse(gpus)[0] if gpus else 1
     spent = {part: took / (1 if part in ALONE else count) for part, took in budget.seconds(pipeline, speed).items()}

@@ -54,9 +54,15 @@ def sd35_medium_2step_frugal() -> Distillation:
 
 
 def sd35_large_4step_frugal() -> Distillation:
-    """SD3.5-Large to 4 steps by adapters on a base in 8 bits, at 512 pixels."""
+    """SD3.5-Large to 4 steps by adapters on a base in 8 bits, at 512 pixels; a sixth fewer samples, to stay in ten hours."""
     made = _frugal("sd35_large_4step_frugal", LARGE, 4)
-    return replace(made, roles=replace(made.roles, eight_bit_base=True, eight_bit_moments=True))
+    return replace(
+        made,
+        roles=replace(made.roles, eight_bit_base=True, eight_bit_moments=True),
+        trajectory=replace(made.trajectory, images=20_000, trajectories=1_200),
+        distribution=replace(made.distribution, images=4_000),
+        split=replace(made.split, images=1_280),
+    )
 
 
 def _faithful(name: str, teacher: str, steps: int) -> Distillation:
