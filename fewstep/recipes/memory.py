@@ -230,6 +230,7 @@ def phases(
 
 
 def text_tokens(pipeline: Distillation) -> int:
+    """Length of a text condition: what its tokenizers say, or SD3.5's."""
     folder = folder_of(pipeline)
     of_clip = folder / "tokenizer" / "tokenizer_config.json"
     clip = json.loads(of_clip.read_text(encoding="utf-8"))["model_max_length"] if of_clip.is_file() else CLIP_TOKENS
