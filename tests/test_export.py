@@ -18,7 +18,7 @@ from fewstep.grids import STUDENT_GRIDS
 from fewstep.models import sd3
 from fewstep.recipes import export, gauge
 from fewstep.stages import export as stage
-from fewstep.stages import gate
+from fewstep.stages import gate, quantize
 from fewstep.worlds.shapes.architecture import MAX_TOKENS
 
 CASES = [  # format, bits, and what the velocity's signal is above the error of, in dB
@@ -161,6 +161,16 @@ def test_what_is_no_student_is_refused(student: Path, teacher_folder: Path, call
     assert code == 2 and "give its folder with --teacher" in err and not Path("out").exists()
 
 
+@pytest.mark.parametrize("to", ["torchao", "gguf", "onnx", "openvino", "coreml"])
+def test_a_missing_library_is_named_before_the_work(
+    to: str, student: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(quantize, "recover", None)  # which would take long
+    code, _, err = call("export", student, "--to", to, "--bits", 8, "--recover", 64, "--out", "out")
+    assert code == 2 and "pip install 'fewstep[" in err and err.count("\n") == 1 and not Path("out").exists()
+
+
 def test_damaged_exports_do_not_open(student: Path, teacher_folder: Path, call: Call) -> None:
     code, *_ = call("export", student, "--to", "gguf", "--out", "out", "--set", "gate.psnr_8=5", "--set", "gate.pictures=2")
     assert code == 0
@@ -194,7 +204,7 @@ def test_the_gate_judges_by_bits() -> None:
         return {"overall": {"diff": diff, "lo": lo, "hi": hi}}
 
     assert gate.judge(limits, 8, near, strict(-0.5, -1, 0)) == []
-    assert "loses 0.6 points" in gate.judge(limits, 8, near, strict(-0.6, -1, 0))[0]
+    assert "loses 0.60 points" in gate.judge(limits, 8, near, strict(-0.6, -1, 0))[0]
     assert gate.judge(limits, 6, near, strict(-0.6, -1, 0)) == []
     assert gate.judge(limits, 8, near, None) == [] and "30.0 dB" in gate.judge(limits, 16, near, None)[0]
     assert "holds the limit of -0.5" in gate.undecided(limits, 8, strict(-0.2, -1, 0.3))

@@ -73,6 +73,8 @@ def run(
         OSError: a full disk; `out` is then as it was.
     """
     network = source.pipe.transformer
+    least = min(config.quantize.choices) if config.quantize.average else config.quantize.bits
+    export.check(config, source, widths.uniform(network, least, config.quantize.kept))
     planned, costs = _plan(config, source)
     if config.quantize.recover:
         network = _recovered(config, source, planned, out)
@@ -135,7 +137,9 @@ def measure(folder: Path, source: export.Source, limits: gate.Config, own: Path 
     Returns:
         Figures, and "failed": what keeps it from passing, in sentences.
     """
-    record, scratch = artifact.read(folder), folder.parent / SCRATCH
+    record = artifact.read(folder)
+    asked = f"{source.record.weights[:12]}-{limits.per_task}x{limits.seeds}"
+    scratch = folder.parent / SCRATCH / asked  # the student is drawn once for all its exports
     scratch.mkdir(parents=True, exist_ok=True)
     if reads_shapes(source.folder):
         strict, images, texts = _benchmark(folder, record, source, limits, scratch)

@@ -115,6 +115,38 @@ class Source:
     teacher: Path | None = None
 
 
+def check(config: Config, source: Source, planned: widths.Widths) -> None:
+    """Refuse what could only fail after work that takes long.
+
+    Raises:
+        ValueError: a missing library, a width or a shape that the format does not have, a LoRA without a teacher.
+    """
+    network = source.pipe.transformer
+    if config.to == "torchao":
+        from fewstep.formats import torchao
+
+        torchao.require()
+        torchao.check(planned)
+    elif config.to == "gguf":
+        from fewstep.formats import gguf
+
+        gguf.require()
+        for name, bits in planned.items():
+            gguf.type_of(bits, network.get_submodule(name).in_features, name)
+    elif config.to in ("onnx", "openvino"):
+        from fewstep.formats import graphs, onnx, openvino
+
+        (onnx if config.to == "onnx" else openvino).require()
+        graphs.chosen(source.pipe, config.parts or None)
+    elif config.to == "coreml":
+        from fewstep.formats import coreml
+
+        coreml.require()
+        coreml.check(network, planned)
+    elif config.to == "lora" and source.teacher is None:
+        raise ValueError("a LoRA is the difference from a teacher: give its folder with --teacher")
+
+
 def round_trip(to: Format) -> Round:
     """How a format rounds a matrix, computed in torch; of graphs by rows, as their tools do in 8 bits."""
     if to == "gguf":
@@ -271,8 +303,7 @@ def _lora(
 ) -> dict[str, Any]:
     from fewstep.formats import lora
 
-    if source.teacher is None:
-        raise ValueError("a LoRA is the difference from a teacher: give its folder with --teacher")
+    assert source.teacher is not None  # `check`
     teacher = sd3.load(source.teacher, without=(*sd3.ENCODERS, "vae")).transformer
     rank = int(config.rank) if config.rank == int(config.rank) and config.rank >= 1 else config.rank
     state, residuals = lora.extract(network, teacher, rank)

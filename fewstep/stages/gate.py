@@ -91,7 +91,7 @@ def judge(
     lost = -strict[statistics.OVERALL]["diff"]
     if lost <= loss:
         return []
-    return [f"it loses {lost:.1f} points of the strict score, {loss:g} are allowed at {bits:.3g} bits (gate.loss_...)"]
+    return [f"it loses {lost:.2f} points of the strict score, {loss:g} are allowed at {bits:.3g} bits (gate.loss_...)"]
 
 
 def undecided(config: Config, bits: float, strict: Mapping[str, Mapping[str, float]] | None) -> str:
