@@ -17,7 +17,7 @@ demo: .venv/.installed
 	$(BIN)/fewstep demo $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -66,7 +66,7 @@ def run(out: Path, only: str) -> None:
     source = exporting.open_source(exporting.BUNDLED)
     for name, config in CASES.items():
         folder = out / name
-        if name.startswith(only) and not (folder / exporting.RECORD).exists():
+        if name.startswith(only) and not (artifact.exists(folder) and artifact.read(folder).passed is not None):
             print(f"== {name}", flush=True)
             asked = gate.Config(seeds=SEEDS.get(0 if config.quantize.average else config.quantize.bits, 4))
             print(exporting.show(folder, exporting.run(config, source, folder, asked)), flush=True)
@@ -77,7 +77,7 @@ def collect(out: Path) -> dict[str, Any]:
     rows = {}
     for name in CASES:
         folder = out / name
-        if (folder / exporting.RECORD).exists():
+        if artifact.exists(folder) and artifact.read(folder).passed is not None:
             found = json.loads((folder / exporting.RECORD).read_text())
             found.pop("sensitivity")
             rows[name] = found | {"passed": artifact.read(folder).passed}

@@ -152,7 +152,7 @@ def export(
     text_bits: int = 16,
     pixels: int = 0,
     parts: str = "",
-    rank: float = 64,
+    rank: str = "64",
     out: Path | None = None,
     teacher: Path | None = None,
     prompts: Path | None = None,
@@ -175,10 +175,11 @@ def export(
         recover: samples of training that make up for the rounding, such as 20000.
         dynamic: of torchao: round what comes into a product, too.
         text_bits: of the text encoders (torchao: 8; gguf: T5 in 8, 6 or 4).
-        pixels: longest side of images that will be drawn; the position table is cut to it.
-        parts: of onnx, openvino and coreml: what is written, such as denoiser,decoder; all by default.
+        pixels: longest side of images that will be drawn: the position table is cut to it, or left whole.
+        parts: of onnx, openvino and coreml: what is written, of denoiser, decoder, clip_l, clip_g, t5; by default what the
+            student reads, of coreml denoiser,decoder.
         rank: of a LoRA: a whole number, or a share of each matrix's change such as 0.9.
-        out: folder; runs/export/FORMAT-BITS by default.
+        out: folder; runs/export/STUDENT-FORMAT-BITS by default.
         teacher: folder of the student's teacher, for a LoRA; the bundled one is known.
         prompts: file of prompts to compare images with, for a model of your own.
         set: a limit of the gate or a setting of rounding, such as gate.loss_6=2 or quantize.seed=3.
@@ -189,7 +190,7 @@ def export(
     settings, limits = exporting.resolve(
         student, to, bits, average, recover, dynamic, text_bits, pixels, tuple(filter(None, parts.split(","))), rank, list(set)
     )
-    place = out or Path("runs/export") / exporting.name_of(settings)
+    place = out or Path("runs/export") / exporting.name_of(settings, student)
     found = exporting.run(settings, exporting.open_source(student, teacher), place, limits, prompts)
     print(exporting.show(place, found))
     if found["failed"]:

@@ -44,7 +44,8 @@ class Artifact:
         resolution: pixels of an image's side that it was made for; 0 is the network's own.
         encoders: text encoders that it is to be sampled with; zeros stand for the others.
         format: how its weights are written; "diffusers" opens as a pipeline.
-        bits: of an average weight that may be rounded, without scales.
+        bits: asked for, of an average weight that may be rounded; scales and offsets come on top, or are counted where they
+            make the number (GGUF's Q5_1 has six bits with them).
         passed: whether it passed its gate; None where there was none.
         parents: sha256 of the weights it was made from, by kind.
         weights: sha256 of its own transformer weights.

@@ -21,6 +21,7 @@ from torch import nn
 from fewstep.models import eight_bit, sd3, widths
 
 BITS = 8
+ENCODERS = ("CLIPTextModelWithProjection", "T5EncoderModel")
 
 
 def require() -> None:
@@ -73,9 +74,9 @@ def write_encoder(source: Path, folder: Path) -> None:
     import transformers
 
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    names = [name for name in config.get("architectures") or () if hasattr(transformers, name)]
+    names = [name for name in config.get("architectures") or () if name in ENCODERS]
     if not names:
-        raise ValueError(f"{source} is no text encoder of transformers: its config.json names no architecture")
+        raise ValueError(f"{source} is no text encoder of SD3: its config.json names none of {', '.join(ENCODERS)}")
     asked = transformers.TorchAoConfig(_scheme(False))
     kind = getattr(transformers, names[0])
     rounded = kind.from_pretrained(source, quantization_config=asked, dtype=torch.bfloat16, local_files_only=True)

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from fewstep.conditioning import ENCODERS as NAMES
 from fewstep.conditioning import EncoderOutputs, Layout, TextCond, assemble
 from fewstep.flow import Velocity
 
@@ -198,19 +199,35 @@ def reads_to_the_end(folder: Path, t5_tokens: int) -> Callable[[str], bool]:
     return lambda text: any(len(opened[name](text).input_ids) <= limits[name] for name in opened)
 
 
+def unread(encoders: Sequence[str]) -> list[str]:
+    """Text encoders and tokenizers, as a pipeline names them, of what is not among `encoders` (see `conditioning.ENCODERS`)."""
+    gone = [part for name, part in zip(NAMES, ENCODERS, strict=True) if name not in encoders]
+    return gone + [part.replace("text_encoder", "tokenizer") for part in gone]
+
+
 def layout(folder: Path, t5_tokens: int) -> Layout:
     """Which part of a condition comes from which encoder, by the configurations of a pipeline folder.
 
+    A CLIP that the folder lacks is as wide as the other one leaves room in the pooled features.
+
     Raises:
-        ValueError: an encoder's configuration is missing.
+        ValueError: not a pipeline folder.
     """
-    found = []
-    for name in ENCODERS[:2]:
-        path = folder / name / "config.json"
-        if not path.is_file():
-            raise ValueError(f"{folder} has no {name}/config.json, which says how wide its features are")
-        found.append(json.loads(path.read_text(encoding="utf-8")))
-    return Layout(found[0]["hidden_size"], found[1]["hidden_size"], found[0]["projection_dim"], t5_tokens)
+
+    def config(part: str) -> dict[str, Any] | None:
+        path = folder / part / "config.json"
+        read: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return read
+
+    found, whole = [config(part) for part in ENCODERS[:2]], config("transformer")
+    if whole is None:
+        raise ValueError(f"{folder} is not a model: transformer/config.json is missing. Give a diffusers pipeline folder")
+    pooled = [c["projection_dim"] if c else 0 for c in found]
+    rest = whole["pooled_projection_dim"] - sum(pooled)
+    missing = rest if any(found) else rest // 2
+    pooled = [p or missing for p in pooled]
+    tokens = [c["hidden_size"] if c else p for c, p in zip(found, pooled, strict=True)]
+    return Layout(tokens[0], tokens[1], pooled[0], t5_tokens)
 
 
 def encode_ids(pipe: StableDiffusion3Pipeline, ids: tuple[Tensor, Tensor, Tensor]) -> EncoderOutputs:

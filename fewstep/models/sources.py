@@ -120,6 +120,14 @@ def link(folder: Path, target: Path, without: Collection[str] = (), copies: bool
                 (shutil.copyfile if copies else _link)(file.resolve(), target / part / file.name)  # the hub has symbolic links
 
 
+def leave_out(folder: Path, parts: Collection[str]) -> None:
+    """Say in a pipeline folder's index that it has no such parts, so that readers do not look for them."""
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text(encoding="utf-8"))
+    index |= {part: [None, None] for part in parts if part in index}
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
 def _link(file: Path, target: Path) -> None:
     try:
         os.link(file, target)

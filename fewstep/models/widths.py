@@ -47,7 +47,7 @@ def uniform(network: nn.Module, bits: int, kept: Sequence[str] = KEPT) -> Widths
 def average(network: nn.Module, widths: Mapping[str, int], kept: Sequence[str] = KEPT) -> float:
     """Bits of an average weight among those that may be rounded; scales and offsets of a format come on top."""
     sizes = {name: module.weight.numel() for name, module in matrices(network, kept).items()}
-    return sum(widths.get(name, FULL) * n for name, n in sizes.items()) / sum(sizes.values())
+    return sum(widths.get(name, FULL) * n for name, n in sizes.items()) / sum(sizes.values()) if sizes else FULL
 
 
 def _within(name: str, pattern: str) -> bool:

@@ -19,12 +19,13 @@ from fewstep.engine import artifact
 from fewstep.engine.precision import fast_dtype
 from fewstep.evaluate.statistics import OVERALL
 from fewstep.models import roles, sd3, sources
-from fewstep.recipes.export import BUNDLED, reads_shapes
+from fewstep.recipes.export import BUNDLED, check_place, reads_shapes
 from fewstep.recipes.teacher import latent_shape
 from fewstep.stages import encoders, evaluate, gate, pictures
 from fewstep.worlds.shapes import STUDENT_4
 
 RECORD, WARM_UP, RUNS = "encoders.json", 3, 30
+WITHOUT = "without "  # in the note of a student that `keep` wrote
 PART = dict(zip(ENCODERS, sd3.ENCODERS, strict=True))
 Rows = list[dict[str, Any]]
 
@@ -47,13 +48,12 @@ def run(student: str, out: Path, subsets: Sequence[tuple[str, ...]], limits: gat
         ValueError: no student, or encoders that it does not read.
     """
     folder = STUDENT_4 if student == BUNDLED else Path(student)
-    record, pipe = artifact.read(folder), sd3.load(folder)
-    if record.kind == "export" and record.format not in ("diffusers", "torchao"):
-        raise ValueError(f"{folder} is a {record.format} file without text encoders: give a student's folder")
+    record = artifact.read(folder)
     whole = record.encoders
     for names in subsets:
-        if not names or set(names) - set(whole):
-            raise ValueError(f"{'+'.join(names) or 'nothing'}: this student reads {', '.join(whole)}; give some of them")
+        _check(record, folder, names)
+    pipe = sd3.load(folder, without=sd3.unread(whole))
+    subsets = [tuple(name for name in whole if name in names) for names in subsets]
     asked = [whole, *(s for s in dict.fromkeys(subsets) if s != whole)]
     layout = sd3.layout(folder, record.t5_tokens)
     pipe.transformer.to(roles.FULL.place)
@@ -90,25 +90,31 @@ def keep(student: str, names: Sequence[str], out: Path) -> artifact.Artifact:
         out: the new folder.
 
     Raises:
-        ValueError: a student that does not read one of them.
+        ValueError: a student that does not read one of them, an export, or a folder that holds something else.
         OSError: a full disk; `out` is then as it was.
     """
     folder = STUDENT_4 if student == BUNDLED else Path(student)
     record = artifact.read(folder)
-    if not names or set(names) - set(record.encoders):
-        raise ValueError(f"{','.join(names) or 'nothing'}: this student reads {', '.join(record.encoders)}; keep some of them")
-    gone = [PART[name] for name in ENCODERS if name not in names]
-    gone += [name.replace("text_encoder", "tokenizer") for name in gone]
+    _check(record, folder, names)
+    kept = tuple(name for name in record.encoders if name in names)
+    without = [name for name in record.encoders if name not in kept]
+    check_place(out, folder, lambda there: there.note.startswith(WITHOUT))
+    gone = sd3.unread(kept)
 
     def fill(at: Path) -> None:
         sources.link(folder, at, without=gone, copies=True)
-        index = json.loads((at / "model_index.json").read_text(encoding="utf-8"))
-        index |= {name: [None, None] for name in gone}
-        (at / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        sources.leave_out(at, gone)
 
-    kept = tuple(name for name in record.encoders if name in names)
-    without = [name for name in record.encoders if name not in kept]
-    return artifact.write(out, replace(record, encoders=kept, note=f"without {', '.join(without)}"), fill)
+    parents = {**record.parents, record.kind: record.weights}
+    note = f"{WITHOUT}{', '.join(without)}" if without else record.note
+    return artifact.write(out, replace(record, encoders=kept, metrics={}, parents=parents, note=note), fill)
+
+
+def _check(record: artifact.Artifact, folder: Path, names: Sequence[str]) -> None:
+    if record.kind == "export":
+        raise ValueError(f"{folder} is an export: give the student that it was made of, and export what comes out")
+    if not names or set(names) - set(record.encoders):
+        raise ValueError(f"{','.join(names) or 'nothing'}: this student reads {', '.join(record.encoders)}; give some of them")
 
 
 def _judged(

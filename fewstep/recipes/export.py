@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,9 +20,9 @@ from fewstep.engine.artifact import Artifact
 from fewstep.engine.config import from_dict, override, read_yaml
 from fewstep.evaluate import fidelity, outcomes
 from fewstep.evaluate.statistics import OVERALL
-from fewstep.models import sd3, widths
+from fewstep.models import roles, sd3, widths
 from fewstep.recipes import gauge
-from fewstep.recipes.layout import METRICS, RESOLVED
+from fewstep.recipes.layout import FOLDER, METRICS, RESOLVED
 from fewstep.recipes.pipeline import Distillation, build
 from fewstep.recipes.teacher import latent_shape
 from fewstep.report.sheet import sheet
@@ -48,9 +50,28 @@ def open_source(student: str, teacher: Path | None = None) -> export.Source:
     of_teacher = teacher or (TEACHER if record.parents.get("teacher") == artifact.read(TEACHER).weights else None)
     if teacher is not None and artifact.read(teacher, "teacher").weights != record.parents.get("teacher"):
         raise ValueError(f"{teacher} is not the teacher of {folder}")
-    pipe = sd3.load(folder)
+    pipe = sd3.load(folder, without=sd3.unread(record.encoders))
     cond = sd3.encode(pipe, prompts.reported(None, FEW), record.t5_tokens)
     return export.Source(folder, record, pipe, cond, latent_shape(pipe, record.resolution), of_teacher)
+
+
+def check_place(out: Path, source: Path, ours: Callable[[Artifact], bool]) -> None:
+    """Refuse to replace what this command did not write, or to write over what it reads.
+
+    Args:
+        out: where an artefact is to be written.
+        source: what it is made of.
+        ours: whether an artefact that lies there may be replaced.
+
+    Raises:
+        ValueError: `out` is a file, a folder that holds something else, or in the way of `source`.
+    """
+    place, read = out.resolve(), source.resolve()
+    if place == read or place in read.parents or read in place.parents:
+        raise ValueError(f"--out {out} is in the way of {source}, which is read: choose another folder")
+    there = place.is_file() or (place.is_dir() and any(place.iterdir()))
+    if there and not (artifact.exists(place) and ours(artifact.read(place))):
+        raise ValueError(f"--out {out} holds something else: choose another folder, nothing there was touched")
 
 
 def run(
@@ -72,25 +93,29 @@ def run(
         ValueError: what the format cannot have, a missing library, or prompts that there are not.
         OSError: a full disk; `out` is then as it was.
     """
+    for folder in filter(None, (source.folder, source.teacher)):
+        check_place(out, folder, lambda there: there.kind == "export")
+    texts = None if own is None else [p.text for p in prompt_files.read(own)][: limits.pictures]
     network = source.pipe.transformer
     least = min(config.quantize.choices) if config.quantize.average else config.quantize.bits
     export.check(config, source, widths.uniform(network, least, config.quantize.kept))
     planned, costs = _plan(config, source)
+    work = _work(config, source, planned, out)
     if config.quantize.recover:
-        network = _recovered(config, source, planned, out)
+        network = _recovered(config, source, planned, work)
     network = export.canonical_of(config, source, network)
     facts: dict[str, Any] = {}
 
     def fill(at: Path) -> None:
         facts.update(export.write(config, source, network, planned, at))
 
-    bits = widths.average(network, planned, config.quantize.kept)
+    batch = config.quantize.batch
     record = replace(
         source.record,
         kind="export",
         format=config.to,
-        bits=bits,
-        images_seen=config.quantize.recover,
+        bits=config.quantize.average or config.quantize.bits,
+        images_seen=config.quantize.recover - config.quantize.recover % batch,
         parents={**source.record.parents, source.record.kind: source.record.weights},
         metrics={},
         config=export.settings(config, planned),
@@ -98,7 +123,9 @@ def run(
         passed=None,
     )
     artifact.write(out, record, fill)
-    found = measure(out, source, limits, own) | {"facts": facts, "sensitivity": costs}
+    shutil.rmtree(work, ignore_errors=True)
+    facts["average_bits"] = widths.average(network, planned, config.quantize.kept)
+    found = measure(out, source, limits, texts) | {"facts": facts, "sensitivity": costs}
     _write(out, found)
     artifact.mark(out, not found["failed"], _figures(found))
     return found
@@ -116,20 +143,29 @@ def _plan(config: export.Config, source: export.Source) -> tuple[widths.Widths, 
     return quantize.plan(source.pipe.transformer, path, cond, export.round_trip(config.to), config.quantize)
 
 
-def _recovered(config: export.Config, source: export.Source, planned: widths.Widths, out: Path) -> Any:
+def _work(config: export.Config, source: export.Source, planned: widths.Widths, out: Path) -> Path:
+    """Where a recovery keeps its checkpoints: of this student, rounded in this way, and no other."""
+    asked = json.dumps([source.record.weights, planned, export.settings(config, planned)], sort_keys=True)
+    return out.parent / f"{out.name}.recover-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
+
+
+def _recovered(config: export.Config, source: export.Source, planned: widths.Widths, work: Path) -> Any:
     at = prompts.source(None, config.quantize.seed)
 
     def cond_at(rows: range) -> TextCond:
         return sd3.encode(source.pipe, [at(k) for k in rows], source.record.t5_tokens)
 
-    work = out.parent / f"{out.name}.recover"
     work.mkdir(parents=True, exist_ok=True)
     rounded, grid = export.round_trip(config.to), source.record.grid
-    network = source.pipe.transformer
-    return quantize.recover(config.quantize, network, planned, rounded, grid, source.latent, cond_at, work, work / METRICS)
+    network = source.pipe.transformer.to(roles.FULL.place)
+    made = quantize.recover(config.quantize, network, planned, rounded, grid, source.latent, cond_at, work, work / METRICS)
+    network.cpu()  # files are written from there
+    return made.cpu()
 
 
-def measure(folder: Path, source: export.Source, limits: gate.Config, own: Path | None = None) -> dict[str, Any]:
+def measure(
+    folder: Path, source: export.Source, limits: gate.Config, own: Sequence[str] | None = None
+) -> dict[str, Any]:
     """An export, opened by its own runtime, against its student on the same prompts and noise.
 
     Args as in `run`.
@@ -141,12 +177,12 @@ def measure(folder: Path, source: export.Source, limits: gate.Config, own: Path 
     asked = f"{source.record.weights[:12]}-{limits.per_task}x{limits.seeds}"
     scratch = folder.parent / SCRATCH / asked  # the student is drawn once for all its exports
     scratch.mkdir(parents=True, exist_ok=True)
+    for network in (source.pipe.transformer, source.pipe.vae):
+        network.to(roles.FULL.place)
     if reads_shapes(source.folder):
         strict, images, texts = _benchmark(folder, record, source, limits, scratch)
     else:
-        texts = prompts.reported(None, limits.pictures)
-        if own is not None:
-            texts = [p.text for p in prompt_files.read(own)][: limits.pictures]
+        texts = list(own) if own is not None else prompts.reported(None, limits.pictures)
         strict, images = None, _drawn(folder, record, source, texts, scratch)
     near = fidelity.summary(images[FOUND], images[REFERENCE])
     disk = {REFERENCE: _size(export.files(source.folder, source.record)), FOUND: _size(export.files(folder, record))}
@@ -180,13 +216,13 @@ def _benchmark(
     folder: Path, record: Artifact, source: export.Source, limits: gate.Config, scratch: Path
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any], list[str]]:
     asked = evaluate.Config(per_task=limits.per_task, seeds=limits.seeds)
-    made = {}
+    made, called = {}, {REFERENCE: REFERENCE, FOUND: folder.name}
     for name in (REFERENCE, FOUND):
         # text encoders in fewer bits are the export's own
         pipe = source.pipe if name == REFERENCE or record.config["text_bits"] == widths.FULL else _texts_of(folder, source)
-        arm = _arm(name, folder, record, source)
-        made[name] = evaluate.run(asked, [arm], pipe, source.record.t5_tokens, scratch)["arms"][name]
-    images = {name: outcomes.read_images(scratch, name) for name in made}
+        arm = replace(_arm(name, folder, record, source), name=called[name])
+        made[name] = evaluate.run(asked, [arm], pipe, source.record.t5_tokens, scratch)["arms"][arm.name]
+    images = {name: outcomes.read_images(scratch, called[name]) for name in made}
     texts = [result["text"] for result in made[REFERENCE]["results"]]
     return gate.scores(made[FOUND], made[REFERENCE]), images, texts
 
@@ -196,8 +232,8 @@ def _drawn(folder: Path, record: Artifact, source: export.Source, texts: Sequenc
     for name in (REFERENCE, FOUND):
         pipe = source.pipe if name == REFERENCE or record.config["text_bits"] == widths.FULL else _texts_of(folder, source)
         cond = evaluate.encode(pipe, [*texts, ""], source.record.t5_tokens, 16)
-        arm = _arm(name, folder, record, source)
-        x0 = pictures.run(asked, [arm], texts, cond, source.latent, scratch)[name].x0
+        arm = replace(_arm(name, folder, record, source), name=REFERENCE if name == REFERENCE else folder.name)
+        x0 = pictures.run(asked, [arm], texts, cond, source.latent, scratch)[arm.name].x0
         images[name] = to_uint8(sd3.decode(source.pipe, x0[:, 0]))
     return images
 
@@ -214,10 +250,12 @@ def _texts_of(folder: Path, source: export.Source) -> Any:
     if (folder / export.T5).exists():
         from fewstep.formats import gguf
 
-        pipe = sd3.load(source.folder)
+        pipe = sd3.load(source.folder, without=sd3.unread(source.record.encoders))
         pipe.register_modules(text_encoder_3=gguf.load_t5(folder / export.T5, source.folder))
         return pipe
-    return sd3.load(folder, without=["transformer"]) if (folder / "model_index.json").exists() else source.pipe
+    pipe = sd3.load(folder, without=["transformer"])
+    pipe.register_modules(transformer=source.pipe.transformer)  # its configuration says how wide a missing encoder is
+    return pipe
 
 
 def _picture(folder: Path, texts: list[str], images: dict[str, Any]) -> None:
@@ -265,7 +303,7 @@ def resolve(
     text_bits: int,
     pixels: int,
     parts: tuple[str, ...],
-    rank: float,
+    rank: str,
     assignments: list[str],
 ) -> tuple[export.Config, gate.Config]:
     """Settings of an export, and the limits of the recipe that the student was made with, `--set` on top.
@@ -273,17 +311,21 @@ def resolve(
     Raises:
         ValueError: an unknown key, or what a format cannot have.
     """
+    try:
+        of_rank = float(rank) if "." in rank else int(rank)
+    except ValueError:
+        raise ValueError(f"--rank {rank}: give a whole number such as 64, or a share such as 0.9") from None
     usual = 8 if 8 in export.FORMATS[to].bits else widths.FULL
     choices = tuple(b for b in (4, 6, 8) if b in export.FORMATS[to].bits)
     rounding = quantize.Config(choices=choices or quantize.Config().choices)
-    asked = [f"quantize.bits={bits or usual}", f"quantize.average={average}", f"quantize.recover={recover}"]
+    asked = [f"quantize.bits={usual if bits is None else bits}", f"quantize.average={average}", f"quantize.recover={recover}"]
     made = override(Asked(rounding, _limits_of(student)), [*asked, *assignments])
-    return export.Config(to, made.quantize, dynamic, text_bits, pixels, parts, rank), made.gate
+    return export.Config(to, made.quantize, dynamic, text_bits, pixels, parts, of_rank), made.gate
 
 
 def _limits_of(student: str) -> gate.Config:
     """Those of the recipe, where the settings of the student's run lie beside it; else the usual ones."""
-    beside = Path(student).parent / RESOLVED
+    beside = Path(student).resolve().parent / RESOLVED
     if student == BUNDLED or not beside.exists():
         return gate.Config()
     values, lines = read_yaml(beside)
@@ -291,12 +333,15 @@ def _limits_of(student: str) -> gate.Config:
     return pipeline.gate if isinstance(pipeline, Distillation) else gate.Config()
 
 
-def name_of(config: export.Config) -> str:
-    """A name for the folder of an export."""
+def name_of(config: export.Config, student: str) -> str:
+    """A name for the folder of an export: the student's run, the format, the bits, and what else differs from the usual."""
+    folder = Path(student).absolute()
+    whose = student if student == BUNDLED else folder.parent.name if folder.name == FOLDER["merge"] else folder.name
     bits = f"{config.quantize.average:g}mixed" if config.quantize.average else str(config.quantize.bits)
     more = ["dynamic"] * config.dynamic + ["recovered"] * bool(config.quantize.recover)
     more += [f"text{config.text_bits}"] * (config.text_bits < widths.FULL)
-    return "-".join([config.to, bits, *more])
+    more += [f"rank{config.rank:g}"] * (config.to == "lora") + [f"{config.pixels}px"] * bool(config.pixels)
+    return "-".join([whose, config.to, bits, *more])
 
 
 def show(out: Path, found: dict[str, Any]) -> str:
@@ -323,7 +368,8 @@ def show(out: Path, found: dict[str, Any]) -> str:
         rows.append("it runs on Apple's machines alone: its numbers were computed in PyTorch; measure.py in it tells the rest")
     asked = f"{found['prompts']} prompts x {found['seeds']} seeds" if found["strict"] else f"{found['prompts']} prompts"
     verdict = "; ".join(found["failed"])
-    rows.append(f"({asked}, one noise; 95 % intervals over prompts; times and memory are of the denoiser alone)")
+    intervals = "95 % intervals over prompts; " if found["strict"] else ""
+    rows.append(f"({asked}, the same noise; {intervals}times and memory are of the denoiser alone)")
     rows.append(f"FAILED: {verdict}" if verdict else "passed")
     if found["undecided"]:
         rows.append(found["undecided"])

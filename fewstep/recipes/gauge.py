@@ -6,6 +6,7 @@ A process that has opened other models says nothing of what one takes. Text is n
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -48,13 +49,18 @@ def measure(folder: Path, source: export.Source, runs: int, threads: int | None 
     record = artifact.read(folder)
     if threads:
         torch.set_num_threads(threads)
+    if "openvino" in export.libraries(record):
+        from fewstep.formats import openvino
+
+        openvino.silent()
+    for library in export.libraries(record):
+        importlib.import_module(library)
     base, start = _peak(), time.perf_counter()
     if record.kind == "export":
         network = export.velocity(folder, record, source, threads)
     else:
-        opened = sd3.load(folder, without=(*sd3.ENCODERS, "vae")).transformer
-        kind = fast_dtype()
-        network = sd3.velocity(opened if kind is None else opened.to(kind))
+        opened = sd3.load(folder, fast_dtype() or torch.float32, without=(*sd3.ENCODERS, "vae"))
+        network = sd3.velocity(opened.transformer)
     seconds = [time.perf_counter() - start]
     for run in range(1 + WARM_UP + runs):
         start = time.perf_counter()
@@ -123,8 +129,6 @@ def main() -> None:
     held = load_file(asked.cond)
     record = artifact.read(asked.source)
     pipe = sd3.load(asked.source, without=sd3.NETWORKS)
-    if artifact.read(asked.folder).format == "coreml":  # its numbers are put into the student's own network
-        pipe = sd3.load(asked.source, without=(*sd3.ENCODERS, "vae"))
     cond, latent = TextCond(held["tokens"], held["pooled"]), (asked.latent[0], asked.latent[1], asked.latent[2])
     source = export.Source(asked.source, record, pipe, cond, latent, asked.teacher)
     found: dict[str, Any] = measure(asked.folder, source, asked.runs, asked.threads)

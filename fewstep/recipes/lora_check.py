@@ -128,7 +128,7 @@ def survival(teacher: Tensor, moved_teacher: Tensor, student: Tensor, moved_stud
 def _draw(
     folder: Path, record: Artifact, texts: list[str], seeds: int, lora: Path | None, scale: float, resolution: int
 ) -> Drawn:
-    pipe = sd3.load(folder)
+    pipe = sd3.load(folder, without=sd3.unread(record.encoders))
     if lora is not None:
         merge_lora(pipe, lora, scale)
     pipe.transformer.to(roles.FULL.place)

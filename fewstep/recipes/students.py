@@ -48,7 +48,7 @@ def write(
     teacher: Teacher,
     network: SD3Transformer2DModel,
 ) -> None:
-    """Write a student: the teacher's folder with another transformer.
+    """Write a student: the teacher's folder with another transformer, without text encoders that the student never reads.
 
     Adapters are merged into their base, and lie beside it by themselves, too. What a student shares with its teacher takes no
     space where hard links work; of the bundled teacher it is copied, so that nothing done to a run reaches the package.
@@ -61,7 +61,9 @@ def write(
     """
 
     def fill(at: Path) -> None:
-        sources.link(teacher.folder, at, without=("transformer",), copies=teacher.folder == TEACHER)
+        gone = sd3.unread(made.encoders)
+        sources.link(teacher.folder, at, without=("transformer", *gone), copies=teacher.folder == TEACHER)
+        sources.leave_out(at, gone)
         sd3.save_half(adapters.merged(network), at / "transformer")
         if adapters.has(network):
             adapters.save(adapters.state(network), at)

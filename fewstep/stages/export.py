@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from fewstep.conditioning import TextCond
+from fewstep.conditioning import ENCODERS, TextCond
 from fewstep.engine.artifact import Artifact
+from fewstep.engine.precision import fast_dtype
 from fewstep.flow import Velocity
-from fewstep.models import adapters, canonical, sd3, single_file, sources, widths
+from fewstep.models import adapters, canonical, roles, sd3, single_file, sources, widths
 from fewstep.stages.quantize import Config as Quantize
 from fewstep.stages.quantize import Round
 
@@ -36,8 +38,8 @@ class Has(NamedTuple):
 
 
 FORMATS: dict[str, Has] = {
-    "diffusers": Has((16,), (16,), False, "diffusers"),
-    "torchao": Has((8,), (16, 8), False, "diffusers with torchao"),
+    "diffusers": Has((16,), (16,), True, "diffusers"),
+    "torchao": Has((8,), (16, 8), True, "diffusers with torchao"),
     "single": Has((16,), (16,), True, "ComfyUI, diffusers"),
     "lora": Has((16,), (16,), True, "diffusers, ComfyUI"),
     "gguf": Has((16, 8, 6, 4), (16, 8, 6, 4), True, "ComfyUI-GGUF, stable-diffusion.cpp, diffusers"),
@@ -48,6 +50,7 @@ FORMATS: dict[str, Has] = {
 
 
 GRAPHS = ("onnx", "openvino", "coreml")
+PARTS = ("denoiser", "decoder", *ENCODERS)
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Config:
     text_bits: int = 16
     pixels: int = 0
     parts: tuple[str, ...] = ()
-    rank: float = 64
+    rank: int | float = 64
 
     def __post_init__(self) -> None:
         has = FORMATS[self.to]
@@ -86,6 +89,13 @@ class Config:
             raise ValueError(f"dynamic is a way of torchao's: --to torchao, or leave it out of --to {self.to}")
         if self.quantize.recover and self.quantize.bits == widths.FULL and not self.quantize.average:
             raise ValueError("recover makes up for what rounding costs, and 16 bits cost nothing: give fewer bits")
+        if self.to not in ("gguf", "coreml") and (self.quantize.average or (self.quantize.recover and self.quantize.bits != 8)):
+            raise ValueError(f"--to {self.to} is not simulated: average, and recover at other than 8 bits, need gguf or coreml")
+        unknown = [part for part in self.parts if part not in PARTS]
+        if unknown:
+            raise ValueError(f"{unknown[0]} is no part of an export: give some of {', '.join(PARTS)}")
+        if self.to == "coreml" and self.pixels:
+            raise ValueError("a Core ML package draws one size, the student's own: leave pixels out")
         if self.parts and self.to not in GRAPHS:
             raise ValueError(f"--to {self.to} writes no parts of its own: leave parts out, or --to {' or '.join(GRAPHS)}")
         if self.parts and "denoiser" not in self.parts:
@@ -121,7 +131,12 @@ def check(config: Config, source: Source, planned: widths.Widths) -> None:
     Raises:
         ValueError: a missing library, a width or a shape that the format does not have, a LoRA without a teacher.
     """
-    network = source.pipe.transformer
+    network, own = source.pipe.transformer, 8 * max(source.latent[1:])
+    if 0 < config.pixels < own:
+        raise ValueError(f"pixels = {config.pixels}: this student draws {own}, and its positions must reach that far")
+    absent = [part for part in config.parts if part in ENCODERS and part not in source.record.encoders]
+    if absent:
+        raise ValueError(f"parts: this student reads {', '.join(source.record.encoders)}, not {absent[0]}")
     if config.to == "torchao":
         from fewstep.formats import torchao
 
@@ -148,26 +163,18 @@ def check(config: Config, source: Source, planned: widths.Widths) -> None:
 
 
 def round_trip(to: Format) -> Round:
-    """How a format rounds a matrix, computed in torch; of graphs by rows, as their tools do in 8 bits."""
+    """How a format rounds a matrix, computed in torch; of others than GGUF and Core ML in 8 bits alone, by rows."""
     if to == "gguf":
         from fewstep.formats import gguf
 
         return gguf.rounded
     if to == "coreml":
-        from fewstep.formats import coreml, coreml_package
+        from fewstep.formats import coreml_package
 
-        coreml.require()
         return coreml_package.round_trip
     from fewstep.formats import torchao
 
-    def by_rows(weight: Any, bits: int) -> Any:
-        if bits == widths.FULL:
-            return weight
-        if bits != torchao.BITS:
-            raise ValueError(f"average and recover need to know how {to} rounds to {bits} bits: give 8 bits, or --to gguf")
-        return torchao.rounded(weight)
-
-    return by_rows
+    return lambda weight, bits: torchao.rounded(weight)
 
 
 def canonical_of(config: Config, source: Source, network: SD3Transformer2DModel) -> SD3Transformer2DModel:
@@ -230,7 +237,7 @@ def velocity(folder: Path, record: Artifact, source: Source, threads: int | None
     if record.format == "gguf":
         from fewstep.formats import gguf
 
-        return gguf.velocity(folder / GGUF, source.folder)
+        return _placed(gguf.load(folder / GGUF, source.folder))
     if record.format == "onnx":
         from fewstep.formats import onnx
 
@@ -245,13 +252,25 @@ def velocity(folder: Path, record: Artifact, source: Source, threads: int | None
         network = canonical.cropped(source.pipe.transformer, max(source.latent[1:]) // 2)
         return coreml.velocity(folder / "coreml", network)
     if record.format == "single":
-        return sd3.velocity(single_file.load(folder / SINGLE, source.folder).transformer)
+        return _placed(single_file.load(folder / SINGLE, source.folder).transformer)
     if record.format == "lora":
         assert source.teacher is not None
         pipe = sd3.load(source.teacher, without=sd3.ENCODERS)
         pipe.load_lora_weights(str(folder), weight_name=adapters.FILE)
-        return sd3.velocity(pipe.transformer)
-    return sd3.velocity(sd3.load(folder, without=(*sd3.ENCODERS, "vae")).transformer)
+        return _placed(pipe.transformer)
+    # in 8 bits as its users are told to open it, where the processor has bfloat16
+    dtype = (fast_dtype() if record.format == "torchao" else None) or torch.float32
+    return _placed(sd3.load(folder, dtype, without=(*sd3.ENCODERS, "vae")).transformer)
+
+
+def _placed(network: SD3Transformer2DModel) -> Velocity:
+    return sd3.velocity(network.to(roles.FULL.place))
+
+
+def libraries(record: Artifact) -> tuple[str, ...]:
+    """What a runtime imports, so that a process can be measured without it."""
+    runtime = {"torchao": "torchao", "gguf": "gguf", "onnx": "onnxruntime", "openvino": "openvino", "lora": "peft"}
+    return (runtime[record.format],) if record.format in runtime else ()
 
 
 def files(folder: Path, record: Artifact) -> list[Path]:
@@ -270,16 +289,17 @@ def files(folder: Path, record: Artifact) -> list[Path]:
 def _folder(
     config: Config, source: Source, network: SD3Transformer2DModel, planned: widths.Widths, folder: Path
 ) -> dict[str, Any]:
-    small = sd3.ENCODERS if config.text_bits == 8 else ()
-    left = [name for name in small if (source.folder / name).is_dir()]
-    sources.link(source.folder, folder, without=("transformer", *left), copies=True)
+    gone = sd3.unread(source.record.encoders)
+    small = [name for name in sd3.ENCODERS if config.text_bits == 8 and name not in gone]
+    sources.link(source.folder, folder, without=("transformer", *small, *gone), copies=True)
+    sources.leave_out(folder, gone)
     if config.to == "diffusers":
         sd3.save_half(network, folder / "transformer")
         return {}
     from fewstep.formats import torchao
 
     torchao.write(network, folder / "transformer", planned, config.dynamic)
-    for name in left:
+    for name in small:
         torchao.write_encoder(source.folder / name, folder / name)
     return {"open_with": "torch_dtype=torch.bfloat16"}
 
@@ -305,8 +325,7 @@ def _lora(
 
     assert source.teacher is not None  # `check`
     teacher = sd3.load(source.teacher, without=(*sd3.ENCODERS, "vae")).transformer
-    rank = int(config.rank) if config.rank == int(config.rank) and config.rank >= 1 else config.rank
-    state, residuals = lora.extract(network, teacher, rank)
+    state, residuals = lora.extract(network, teacher, config.rank)
     lora.write(state, folder / adapters.FILE, "peft")
     lora.write(state, folder / COMFY_LORA, "comfy")
     _workflow(source, folder, "the teacher's checkpoint.safetensors", lora=COMFY_LORA)
@@ -325,7 +344,8 @@ def _gguf(
         gguf.write_t5(source.pipe.text_encoder_3, folder / T5, config.text_bits)
     names = _encoder_files(source, T5 if (folder / T5).exists() else "t5xxl_fp16.safetensors")
     _workflow(source, folder, GGUF, encoders=names, vae="sd3_vae.safetensors")
-    return {}
+    types = [kind for kind, _ in gguf.describe(folder / GGUF)[0].values()]
+    return {"types": {kind: types.count(kind) for kind in sorted(set(types))}}
 
 
 def _graph(
@@ -343,7 +363,8 @@ def _coreml(
 ) -> dict[str, Any]:
     from fewstep.formats import coreml
 
-    parts = config.parts or ("denoiser", "decoder")
+    called = dict(zip(ENCODERS, sd3.ENCODERS, strict=True))
+    parts = [called.get(part, part) for part in config.parts or ("denoiser", "decoder")]
     pipe, record = _with(source.pipe, network), source.record
     coreml.write(pipe, folder / "coreml", planned, source.cond[0], record.grid, source.latent, parts)
     return {}
