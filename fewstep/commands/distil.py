@@ -105,6 +105,8 @@ def plan(
 
     commands.prepare()
     if inference:
+        if any((gpus, calibration, calibrate, tflops, set, config)):
+            raise ValueError("--inference tells of a model as it is: leave out all but --pixels")
         print(planning.inference(recipe, pixels))
         return
     pipeline = demonstration.resolve(recipe, list(set), config)

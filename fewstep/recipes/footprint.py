@@ -63,7 +63,7 @@ FORMATS = {
     "int8 rows": Format(8, row=16),  # torchao, ONNX, OpenVINO: a scale a row, 8.01 bits at SD3.5-Medium's width
     "Q8_0": Format(8.5),  # GGUF: a scale of 16 bits for 32 weights
     "Q6_K": Format(6.5625),  # GGUF: 210 bytes for 256 weights
-    "6-bit LUT": Format(6, row=16, table=64 * 16),  # Core ML: 64 values a matrix, a scale a row
+    "6-bit LUT": Format(6, row=16, table=64 * 16),  # palettes; for groups of 16 rows, as ours for Core ML, .04 bits more
     "Q4_0": Format(4.5),  # GGUF: 18 bytes for 32 weights
 }
 

@@ -110,7 +110,7 @@ def inference(model: str, pixels: tuple[int, ...] = ()) -> str:
     Raises:
         ValueError: neither, or a size that the model does not know.
     """
-    sizes = [name for name in footprint.FULL_SIZE if model.startswith(f"sd35_{name}")]
+    sizes = [name for name in footprint.FULL_SIZE if model in RECIPES and model.startswith(f"sd35_{name}")]
     source: str | Path = sizes[0] if sizes else Path(model)
     if not sizes and model in RECIPES:
         source = STUDENT_4

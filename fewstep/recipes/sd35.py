@@ -54,7 +54,7 @@ def sd35_medium_2step_frugal() -> Distillation:
 
 
 def sd35_large_4step_frugal() -> Distillation:
-    """SD3.5-Large to 4 steps by adapters on a base in 8 bits, at 512 pixels; a sixth fewer samples, to stay in ten hours."""
+    """SD3.5-Large to 4 steps by adapters on a base in 8 bits, at 512 pixels; fewer samples, to stay in ten hours."""
     made = _frugal("sd35_large_4step_frugal", LARGE, 4)
     return replace(
         made,

@@ -1,4 +1,4 @@
-"""Stage `export`: a student in the format of whoever runs it, with its weights in 16 bits or fewer.
+"""A student in the format of whoever runs it, with its weights in 16 bits or fewer.
 
 Which bits a format has, and what else, is in `FORMATS`; settings that a format cannot have are refused before anything is
 written. What is written is opened again by its own runtime (`velocity`), by which the gate measures it.

@@ -1,4 +1,4 @@
-"""Stage `quantize`: how many bits each matrix of a student gets, and a short training that makes up for what they cost.
+"""How many bits each matrix of a student gets, and a short training that makes up for what they cost.
 
 The paper has 8- and 6-bit students and does not say how they were made; all of this is ours. A student visits few times, so a
 matrix is judged by what its rounding does to the velocity at those times and at the student's own states.
