@@ -20,7 +20,7 @@ from torch import nn
 
 from fewstep import solvers
 from fewstep.formats import coreml, coreml_measure, coreml_package, coreml_parts
-from fewstep.models import sd3
+from fewstep.models import canonical, sd3
 from fewstep.models.widths import Widths, matrices, uniform
 
 pytest.importorskip("coremltools")
@@ -191,7 +191,7 @@ def test_the_group_norm_is_the_same_and_does_not_overflow() -> None:
     norm = nn.GroupNorm(4, 8, eps=1e-6)
     norm.weight.normal_()
     norm.bias.normal_()
-    safe = coreml_parts.SafeGroupNorm(norm)
+    safe = canonical.SafeGroupNorm(norm)
     for x in (torch.randn(2, 8, 5, 3), 1e-3 * torch.randn(2, 8, 7), torch.full((1, 8, 2, 2), 3.0)):
         torch.testing.assert_close(safe(x), norm(x), atol=1e-3, rtol=1e-4)  # what all but vanishes is divided by eps
     large = 3000 * torch.randn(1, 8, 4, 4) + 500

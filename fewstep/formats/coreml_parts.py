@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,71 +14,11 @@ from torch import Tensor, nn
 from fewstep import noise, solvers
 from fewstep.conditioning import TextCond
 from fewstep.models import canonical, sd3
-from fewstep.models.canonical import Denoiser
+from fewstep.models.canonical import T5, Clip, Decoder, Denoiser, SafeGroupNorm
 
 PARTS = ("denoiser", "decoder", *sd3.ENCODERS)
 SEED = 1  # of the noise that samples start from
 PROMPT = "a photograph of a red cube on a wooden table"  # what text encoders are checked with
-
-
-class Decoder(nn.Module):
-    """Latents (B, 16, H, W), scaled as the denoiser's, to pixels (B, 3, 8H, 8W), nominally in [-1, 1]."""
-
-    def __init__(self, vae: AutoencoderKL) -> None:
-        super().__init__()
-        self.vae, self.scale, self.shift = vae, vae.config.scaling_factor, vae.config.shift_factor
-
-    def forward(self, latents: Tensor) -> Tensor:
-        """The image."""
-        pixels: Tensor = self.vae.decode(latents / self.scale + self.shift, return_dict=False)[0]
-        return pixels
-
-
-class Clip(nn.Module):
-    """Token ids (B, L) to what SD3 reads of a CLIP encoder: the last but one states (B, L, width), pooled (B, width)."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """States and pooled output."""
-        out = self.encoder(ids.long(), output_hidden_states=True)
-        return out.hidden_states[-2], out[0]
-
-
-class T5(nn.Module):
-    """Token ids (B, L) to T5's states (B, L, D)."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """The last states."""
-        states: Tensor = self.encoder(ids.long())[0]
-        return states
-
-
-class SafeGroupNorm(nn.Module):
-    """GroupNorm of deviations divided by each group's largest: exact in real numbers, and no square overflows in float16.
-
-    coremltools writes a GroupNorm as means and squares in float16, where a deviation of 256 squared is infinite.
-    """
-
-    def __init__(self, norm: nn.GroupNorm) -> None:
-        super().__init__()
-        self.weight, self.bias, self.eps, self.groups = norm.weight, norm.bias, norm.eps, norm.num_groups
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, ...) to groups of mean 0 and unit variance, times the weight, plus the bias."""
-        y = x.reshape(x.shape[0], self.groups, -1)
-        y = y - y.mean(dim=-1, keepdim=True)
-        largest = y.abs().amax(dim=-1, keepdim=True).clamp(min=canonical.LEAST)
-        y = y / largest
-        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + (math.sqrt(self.eps) / largest).square())
-        channels = (1, -1, *[1] * (x.ndim - 2))
-        return y.reshape(x.shape) * self.weight.reshape(channels) + self.bias.reshape(channels)
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,7 +38,7 @@ from fewstep.conditioning import EncoderOutputs, TextCond, assemble
 from fewstep.engine.checkpoint import whole_folder
 from fewstep.flow import Velocity
 from fewstep.models import canonical, sd3
-from fewstep.models.canonical import Denoiser
+from fewstep.models.canonical import T5, Clip, Decoder, Denoiser
 from fewstep.models.widths import Widths
 
 ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5": "text_encoder_3"}
@@ -48,46 +48,6 @@ RECORD = "export.json"
 
 Run = Callable[..., tuple[Tensor, ...]]
 """A part on a runtime: tensors in, tensors out, in the order of the table above."""
-
-
-class Decoder(nn.Module):
-    """Scaled latents to pixels; scale and shift are in the graph."""
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.network = vae
-
-    def forward(self, latents: Tensor) -> Tensor:
-        """(B, 16, H, W) to (B, 3, 8H, 8W)."""
-        config = self.network.config
-        pixels: Tensor = self.network.decode(latents / config.scaling_factor + config.shift_factor, return_dict=False)[0]
-        return pixels
-
-
-class Clip(nn.Module):
-    """What SD3 reads of a CLIP: the last but one hidden states, and the projected pooled output."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.network = encoder
-
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids (B, L) to (B, L, width) and (B, width)."""
-        out = self.network(ids, output_hidden_states=True)
-        return out.hidden_states[-2], out[0]
-
-
-class T5(nn.Module):
-    """T5's hidden states."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.network = encoder
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Token ids (B, L) to (B, L, D)."""
-        hidden: Tensor = self.network(ids)[0]
-        return hidden
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A denoiser as exports take it: nothing in the file that no image needs, and no operation that half precision breaks.
+"""Networks as exports take them: nothing in the file that no image needs, and no operation that half precision breaks.
 
 Every format starts from here, so that what a target lacks is rewritten in one place. The source is ours.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
@@ -40,6 +40,46 @@ class Denoiser(nn.Module):
         return out
 
 
+class Decoder(nn.Module):
+    """Scaled latents to pixels; scale and shift are in the graph."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.network = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """(B, 16, H, W) to (B, 3, 8H, 8W)."""
+        config = self.network.config
+        pixels: Tensor = self.network.decode(latents / config.scaling_factor + config.shift_factor, return_dict=False)[0]
+        return pixels
+
+
+class Clip(nn.Module):
+    """What SD3 reads of a CLIP: the last but one hidden states, and the projected pooled output."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.network = encoder
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids (B, L) to (B, L, width) and (B, width)."""
+        out = self.network(ids.long(), output_hidden_states=True)
+        return out.hidden_states[-2], out[0]
+
+
+class T5(nn.Module):
+    """T5's hidden states."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.network = encoder
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (B, L) to (B, L, D)."""
+        hidden: Tensor = self.network(ids.long())[0]
+        return hidden
+
+
 class SafeRMSNorm(nn.Module):
     """Diffusers' RMSNorm, divided by each row's largest value first: exact in real numbers, and no square overflows.
 
@@ -56,6 +96,27 @@ class SafeRMSNorm(nn.Module):
         y = x / largest
         y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + (math.sqrt(self.eps) / largest).square())
         return y if self.weight is None else y * self.weight
+
+
+class SafeGroupNorm(nn.Module):
+    """GroupNorm of deviations divided by each group's largest: exact in real numbers, and no square overflows in float16.
+
+    coremltools writes a GroupNorm as means and squares in float16, where a deviation of 256 squared is infinite.
+    """
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps, self.groups = norm.weight, norm.bias, norm.eps, norm.num_groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, ...) to groups of mean 0 and unit variance, times the weight, plus the bias."""
+        y = x.reshape(x.shape[0], self.groups, -1)
+        y = y - y.mean(dim=-1, keepdim=True)
+        largest = y.abs().amax(dim=-1, keepdim=True).clamp(min=LEAST)
+        y = y / largest
+        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + (math.sqrt(self.eps) / largest).square())
+        channels = (1, -1, *[1] * (x.ndim - 2))
+        return y.reshape(x.shape) * self.weight.reshape(channels) + self.bias.reshape(channels)
 
 
 def safe_norms(network: SD3Transformer2DModel) -> SD3Transformer2DModel:
