@@ -299,4 +299,4 @@ def test_a_plan_measures_this_machine_when_told_to(call: Call, teacher_folder: P
     code, out, _ = call("plan", "shapes_4step", *tiny(teacher_folder), "--calibrate", str(file))
     assert code == 0 and f"are kept in {file}" in out and "estimated on a CPU" in out
     assert budget.read(file, tiny_recipe(teacher_folder, 4)).where.startswith("a CPU")
-    assert "either --calibrate" in refused(call, "plan", "shapes_4step", "--calibrate", "a", "--calibration", "b")
+    assert "give one of --calibrate" in refused(call, "plan", "shapes_4step", "--calibrate", "a", "--calibration", "b")
