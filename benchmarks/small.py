@@ -34,6 +34,7 @@ SEEDS = {8: 10, 6: 10}  # images of a prompt, by bits: these two are to be told 
 Q = quantize.Config
 CASES: dict[str, export.Config] = {
     "diffusers-16": export.Config("diffusers", Q(16)),
+    "diffusers-16-beforehand": export.Config("diffusers", Q(16), beforehand=True),
     "single-16": export.Config("single", Q(16)),
     "lora-64": export.Config("lora", Q(16), rank=64),
     "torchao-8": export.Config("torchao", Q(8)),

@@ -19,7 +19,7 @@ from fewstep.grids import STUDENT_GRIDS
 from fewstep.models import sd3
 from fewstep.recipes import export, gauge
 from fewstep.stages import export as stage
-from fewstep.stages import gate, quantize
+from fewstep.stages import gate, opened, quantize
 from fewstep.worlds.shapes.architecture import MAX_TOKENS
 
 CASES = [  # format, bits, and what the velocity's signal is above the error of, in dB
@@ -70,7 +70,7 @@ def test_every_format_comes_back_as_the_student(
     assert found["disk"]["export"] > 0 and found["fidelity"]["psnr_median"] > 10 and not found["failed"]
     assert Image.open("out/gate.png").width > 240
     source = export.open_source(str(student), teacher_folder)
-    assert decibel(stage.velocity(Path("out"), made, source), sd3.velocity(source.pipe.transformer), source) > least
+    assert decibel(opened.velocity(Path("out"), made, source), sd3.velocity(source.pipe.transformer), source) > least
     of_teacher = decibel(sd3.velocity(sd3.load(teacher_folder).transformer), sd3.velocity(source.pipe.transformer), source)
     assert to not in ("lora", "single", "diffusers") or least > of_teacher + 6  # else a file that changes nothing would do
     assert not [p for p in Path("out").rglob("*partial*")]
@@ -140,6 +140,16 @@ def test_a_student_is_measured_with_what_it_reads(student: Path, call: Call, tmp
         assert not Path(to, "text_encoder_3").exists() and "text_encoder_3" in sd3.absent(Path(to))
 
 
+def test_modulations_computed_beforehand_are_an_option_of_the_export(student: Path, call: Call) -> None:
+    code, said, err = call("export", student, "--to", "diffusers", "--beforehand", "--set", "gate.pictures=2", "--out", "out")
+    assert code == 0, err + said
+    made, source = artifact.read(Path("out")), export.open_source(str(student))
+    assert made.config["beforehand"] and json.loads(Path("out/gate.json").read_text())["fidelity"]["largest"] == 0
+    network = opened.velocity(Path("out"), made, source)
+    with pytest.raises(ValueError, match="stored for the times"):  # it really is opened so
+        network(torch.randn(1, *source.latent), torch.tensor([0.4]), source.cond[0])
+
+
 def test_mixed_widths_are_spent_and_written(student: Path, call: Call) -> None:
     asked = ["--average", 5, "--set", "gate.psnr_4=5", "--set", "gate.pictures=2", "--set", "quantize.batch=4"]
     code, said, err = call("export", student, "--to", "gguf", "--out", "out", *asked)
@@ -157,7 +167,7 @@ def test_a_recovered_student_is_nearer(student: Path, call: Call, tmp_path: Path
         code, said, err = call("export", student, "--to", "gguf", "--bits", 4, "--out", f"out{recover}", *asked)
         assert code == 0, err + said
         source, made = export.open_source(str(student)), artifact.read(Path(f"out{recover}"))
-        found = stage.velocity(Path(f"out{recover}"), made, source)
+        found = opened.velocity(Path(f"out{recover}"), made, source)
         near[recover] = decibel(found, sd3.velocity(source.pipe.transformer), source)
         assert made.images_seen == recover
     assert near[256] > near[0] + 1
@@ -183,6 +193,7 @@ def test_text_encoders_in_eight_bits_are_the_exports_own(student: Path, call: Ca
         (["--to", "torchao", "--bits", 6], "torchao has no 6 bits, only 8: --to gguf or coreml has"),
         (["--to", "onnx", "--bits", 6], "onnx has no 6 bits, only 16, 8, 4"),
         (["--to", "onnx", "--text-bits", 8], "onnx has no text encoders in 8 bits"),
+        (["--to", "gguf", "--beforehand"], "beforehand is a way to open --to diffusers"),
         (["--to", "gguf", "--dynamic"], "dynamic is a way of torchao's"),
         (["--to", "gguf", "--average", 9], "average = 9 bits lies outside of choices"),
         (["--to", "single", "--recover", 64], "16 bits cost nothing"),
@@ -236,7 +247,7 @@ def test_damaged_exports_do_not_open(student: Path, teacher_folder: Path, call: 
     file, source = Path("out/student.gguf"), export.open_source(str(student))
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r"student\.gguf"):
-        stage.velocity(Path("out"), artifact.read(Path("out")), source)
+        opened.velocity(Path("out"), artifact.read(Path("out")), source)
 
 
 def test_a_process_of_its_own_measures(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +259,7 @@ def test_a_process_of_its_own_measures(student: Path, tmp_path: Path, monkeypatc
 def test_limits_are_the_recipes(student: Path, tmp_path: Path) -> None:
     shutil.copytree(student, tmp_path / "run" / "05-merge")
     (tmp_path / "run" / "resolved.yaml").write_text("name: shapes_4step\ngate: {loss_8: 7.5}\n")
-    asked = (str(tmp_path / "run" / "05-merge"), "gguf", 6, 0.0, 0, False, 16, 0, (), "64")
+    asked = (str(tmp_path / "run" / "05-merge"), "gguf", 6, 0.0, 0, False, False, 16, 0, (), "64")
     assert export.resolve(*asked, [])[1].loss_8 == 7.5  # type: ignore[arg-type]
     assert export.resolve(*asked, ["gate.loss_8=2"])[1].loss_8 == 2  # type: ignore[arg-type]
 

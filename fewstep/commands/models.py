@@ -149,6 +149,7 @@ def export(
     average: float = 0.0,
     recover: int = 0,
     dynamic: bool = False,
+    beforehand: bool = False,
     text_bits: int = 16,
     pixels: int = 0,
     parts: str = "",
@@ -174,6 +175,7 @@ def export(
         average: bits of an average matrix, such as 6, spent where they matter most, instead of one width for all.
         recover: samples of training that make up for the rounding, such as 20000.
         dynamic: of torchao: round what comes into a product, too.
+        beforehand: of diffusers: computes what looks only at time and prompt first, and lets those weights go.
         text_bits: of the text encoders (torchao: 8; gguf: T5 in 8, 6 or 4).
         pixels: longest side of images that will be drawn: the position table is cut to it, or left whole.
         parts: of onnx, openvino and coreml: what is written, of denoiser, decoder, clip_l, clip_g, t5; by default what the
@@ -187,8 +189,9 @@ def export(
     from fewstep.recipes import export as exporting
 
     commands.prepare()
+    wanted = tuple(filter(None, parts.split(",")))
     settings, limits = exporting.resolve(
-        student, to, bits, average, recover, dynamic, text_bits, pixels, tuple(filter(None, parts.split(","))), rank, list(set)
+        student, to, bits, average, recover, dynamic, beforehand, text_bits, pixels, wanted, rank, list(set)
     )
     place = out or Path("runs/export") / exporting.name_of(settings, student)
     found = exporting.run(settings, exporting.open_source(student, teacher), place, limits, prompts)

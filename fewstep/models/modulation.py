@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
@@ -15,7 +16,9 @@ from diffusers import SD3Transformer2DModel
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fewstep.models import adapters
+from fewstep.conditioning import TextCond
+from fewstep.flow import Velocity
+from fewstep.models import adapters, sd3
 from fewstep.models.sd3 import TRAIN_TIMESTEPS
 
 EMBEDDING = "time_text_embed"  # what every modulation is made of
@@ -125,6 +128,29 @@ def open_freed(
     del network
     _fill(small, files, dtype, lambda name: not name.startswith(early))
     return small.requires_grad_(False).eval()
+
+
+def velocity(folder: Path, grid: Sequence[float], dtype: torch.dtype = torch.float32) -> Velocity:
+    """A denoiser of which adaLN and the rest are never in memory together: each new set of prompts reads it anew.
+
+    Args:
+        folder: as in `open_freed`.
+        grid: the times at which the velocity can be asked.
+        dtype: of the weights in memory.
+
+    Raises:
+        ValueError: when called: as `open_freed`, and for another time.
+    """
+    held: list[Any] = []
+
+    def call(x_t: Tensor, t: Tensor, cond: TextCond) -> Tensor:
+        if not held or not torch.equal(held[0], cond.pooled):
+            held.clear()  # before another one is opened
+            held.extend((cond.pooled, sd3.velocity(open_freed(folder, grid, cond.pooled, dtype))))
+        out: Tensor = held[1](x_t, t, cond)
+        return out
+
+    return call
 
 
 def _fill(network: nn.Module, files: Sequence[Path], dtype: torch.dtype, wanted: Callable[[str], bool]) -> None:

@@ -26,7 +26,7 @@ from fewstep.recipes.layout import FOLDER, METRICS, RESOLVED
 from fewstep.recipes.pipeline import Distillation, build
 from fewstep.recipes.teacher import latent_shape
 from fewstep.report.sheet import sheet
-from fewstep.stages import evaluate, export, gate, pictures, quantize
+from fewstep.stages import evaluate, export, gate, opened, pictures, quantize
 from fewstep.worlds.shapes import STUDENT_4, TEACHER
 from fewstep.worlds.shapes.data import to_uint8
 
@@ -185,7 +185,7 @@ def measure(
         texts = list(own) if own is not None else prompts.reported(None, limits.pictures)
         strict, images = None, _drawn(folder, record, source, texts, scratch)
     near = fidelity.summary(images[FOUND], images[REFERENCE])
-    disk = {REFERENCE: _size(export.files(source.folder, source.record)), FOUND: _size(export.files(folder, record))}
+    disk = {REFERENCE: _size(opened.files(source.folder, source.record)), FOUND: _size(opened.files(folder, record))}
     clocked: dict[str, dict[str, float]] = {}
     if record.format != "coreml":  # which does not run here: measure.py in the export does it on the device
         with TemporaryDirectory() as given:
@@ -242,7 +242,7 @@ def _arm(name: str, folder: Path, record: Artifact, source: export.Source) -> ev
     own = source.record
     if name == REFERENCE:  # 16-bit weights in float32: what is measured is rounding, not arithmetic
         return evaluate.Arm(name, own.grid, own.guidance_scale, sd3.velocity(source.pipe.transformer), own.weights)
-    return evaluate.Arm(name, own.grid, own.guidance_scale, export.velocity(folder, record, source), record.weights)
+    return evaluate.Arm(name, own.grid, own.guidance_scale, opened.velocity(folder, record, source), record.weights)
 
 
 def _texts_of(folder: Path, source: export.Source) -> Any:
@@ -300,6 +300,7 @@ def resolve(
     average: float,
     recover: int,
     dynamic: bool,
+    beforehand: bool,
     text_bits: int,
     pixels: int,
     parts: tuple[str, ...],
@@ -320,7 +321,7 @@ def resolve(
     rounding = quantize.Config(choices=choices or quantize.Config().choices)
     asked = [f"quantize.bits={usual if bits is None else bits}", f"quantize.average={average}", f"quantize.recover={recover}"]
     made = override(Asked(rounding, _limits_of(student)), [*asked, *assignments])
-    return export.Config(to, made.quantize, dynamic, text_bits, pixels, parts, of_rank), made.gate
+    return export.Config(to, made.quantize, dynamic, beforehand, text_bits, pixels, parts, of_rank), made.gate
 
 
 def _limits_of(student: str) -> gate.Config:
@@ -338,7 +339,7 @@ def name_of(config: export.Config, student: str) -> str:
     folder = Path(student).absolute()
     whose = student if student == BUNDLED else folder.parent.name if folder.name == FOLDER["merge"] else folder.name
     bits = f"{config.quantize.average:g}mixed" if config.quantize.average else str(config.quantize.bits)
-    more = ["dynamic"] * config.dynamic + ["recovered"] * bool(config.quantize.recover)
+    more = ["dynamic"] * config.dynamic + ["beforehand"] * config.beforehand + ["recovered"] * bool(config.quantize.recover)
     more += [f"text{config.text_bits}"] * (config.text_bits < widths.FULL)
     more += [f"rank{config.rank:g}"] * (config.to == "lora") + [f"{config.pixels}px"] * bool(config.pixels)
     return "-".join([whose, config.to, bits, *more])

@@ -25,7 +25,7 @@ from fewstep.engine import artifact
 from fewstep.engine.precision import fast_dtype
 from fewstep.models import sd3
 from fewstep.solvers import rollout
-from fewstep.stages import export
+from fewstep.stages import export, opened
 
 WARM_UP, MIB = 5, 2**20
 
@@ -49,18 +49,18 @@ def measure(folder: Path, source: export.Source, runs: int, threads: int | None 
     record = artifact.read(folder)
     if threads:
         torch.set_num_threads(threads)
-    if "openvino" in export.libraries(record):
+    if "openvino" in opened.libraries(record):
         from fewstep.formats import openvino
 
         openvino.silent()
-    for library in export.libraries(record):
+    for library in opened.libraries(record):
         importlib.import_module(library)
     base, start = _peak(), time.perf_counter()
     if record.kind == "export":
-        network = export.velocity(folder, record, source, threads)
+        network = opened.velocity(folder, record, source, threads)
     else:
-        opened = sd3.load(folder, fast_dtype() or torch.float32, without=(*sd3.ENCODERS, "vae"))
-        network = sd3.velocity(opened.transformer)
+        pipe = sd3.load(folder, fast_dtype() or torch.float32, without=(*sd3.ENCODERS, "vae"))
+        network = sd3.velocity(pipe.transformer)
     seconds = [time.perf_counter() - start]
     for run in range(1 + WARM_UP + runs):
         start = time.perf_counter()

@@ -1,7 +1,7 @@
 """A student in the format of whoever runs it, with its weights in 16 bits or fewer.
 
 Which bits a format has, and what else, is in `FORMATS`; settings that a format cannot have are refused before anything is
-written. What is written is opened again by its own runtime (`velocity`), by which the gate measures it.
+written. What is written is opened again by its own runtime (`stages.opened`), by which the gate measures it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from fewstep.conditioning import ENCODERS, TextCond
 from fewstep.engine.artifact import Artifact
-from fewstep.engine.precision import fast_dtype
-from fewstep.flow import Velocity
-from fewstep.models import adapters, canonical, roles, sd3, single_file, sources, widths
+from fewstep.models import adapters, canonical, sd3, single_file, sources, widths
 from fewstep.stages.quantize import Config as Quantize
 from fewstep.stages.quantize import Round
 
@@ -61,6 +58,8 @@ class Config:
         to: format.
         quantize: widths of the denoiser's matrices.
         dynamic: of torchao: round what comes into a product, too.
+        beforehand: of diffusers: open it so that all modulations of a prompt are computed first and the matrices they come from,
+            a third of the weights, are let go; the same images, and less memory.
         text_bits: of the text encoders' matrices (gguf: T5's).
         pixels: longest side of an image that the position table must reach; the rest of it is left out. 0: the student's own
             resolution, or the whole table where a format's readers expect that.
@@ -72,6 +71,7 @@ class Config:
     to: Format = "torchao"
     quantize: Quantize = field(default_factory=Quantize)
     dynamic: bool = False
+    beforehand: bool = False
     text_bits: int = 16
     pixels: int = 0
     parts: tuple[str, ...] = ()
@@ -87,6 +87,8 @@ class Config:
                 raise ValueError(f"{self.to} has no {what}{bits} bits, only {only}: --to {' or '.join(others) or 'gguf'} has")
         if self.dynamic and self.to != "torchao":
             raise ValueError(f"dynamic is a way of torchao's: --to torchao, or leave it out of --to {self.to}")
+        if self.beforehand and self.to != "diffusers":
+            raise ValueError(f"beforehand is a way to open --to diffusers, whose weights are whole, not {self.to}")
         if self.quantize.recover and self.quantize.bits == widths.FULL and not self.quantize.average:
             raise ValueError("recover makes up for what rounding costs, and 16 bits cost nothing: give fewer bits")
         if self.to not in ("gguf", "coreml") and (self.quantize.average or (self.quantize.recover and self.quantize.bits != 8)):
@@ -220,70 +222,6 @@ def write(
     }
     assert makers.keys() == set(get_args(Format))
     return makers[config.to](config, source, network, planned, folder)
-
-
-def velocity(folder: Path, record: Artifact, source: Source, threads: int | None = None) -> Velocity:
-    """A denoiser that lies on disk, run by its own runtime (Core ML, which runs on Apple's machines alone: by torch).
-
-    Args:
-        folder: an export.
-        record: its record.
-        source: the student it was made of; formats that hold a denoiser alone take the rest from there.
-        threads: of the processor, for runtimes of their own.
-
-    Raises:
-        ValueError: damaged, or a library is missing.
-    """
-    if record.format == "gguf":
-        from fewstep.formats import gguf
-
-        return _placed(gguf.load(folder / GGUF, source.folder))
-    if record.format == "onnx":
-        from fewstep.formats import onnx
-
-        return onnx.velocity(folder / "onnx", threads)
-    if record.format == "openvino":
-        from fewstep.formats import openvino
-
-        return openvino.velocity(folder / "openvino", threads)
-    if record.format == "coreml":
-        from fewstep.formats import coreml
-
-        network = canonical.cropped(source.pipe.transformer, max(source.latent[1:]) // 2)
-        return coreml.velocity(folder / "coreml", network)
-    if record.format == "single":
-        return _placed(single_file.load(folder / SINGLE, source.folder).transformer)
-    if record.format == "lora":
-        assert source.teacher is not None
-        pipe = sd3.load(source.teacher, without=sd3.ENCODERS)
-        pipe.load_lora_weights(str(folder), weight_name=adapters.FILE)
-        return _placed(pipe.transformer)
-    # in 8 bits as its users are told to open it, where the processor has bfloat16
-    dtype = (fast_dtype() if record.format == "torchao" else None) or torch.float32
-    return _placed(sd3.load(folder, dtype, without=(*sd3.ENCODERS, "vae")).transformer)
-
-
-def _placed(network: SD3Transformer2DModel) -> Velocity:
-    return sd3.velocity(network.to(roles.FULL.place))
-
-
-def libraries(record: Artifact) -> tuple[str, ...]:
-    """What a runtime imports, so that a process can be measured without it."""
-    runtime = {"torchao": "torchao", "gguf": "gguf", "onnx": "onnxruntime", "openvino": "openvino", "lora": "peft"}
-    return (runtime[record.format],) if record.format in runtime else ()
-
-
-def files(folder: Path, record: Artifact) -> list[Path]:
-    """What a denoiser takes on disk: the files of its weights and graph."""
-    at = {
-        "gguf": [GGUF],
-        "single": [SINGLE],
-        "lora": [adapters.FILE],
-        "onnx": ["onnx/denoiser.*"],
-        "openvino": ["openvino/denoiser.*"],
-        "coreml": ["coreml/denoiser*/**/*"],
-    }.get(record.format, ["transformer/*.safetensors"])
-    return [path for pattern in at for path in sorted(folder.glob(pattern)) if path.is_file()]
 
 
 def _folder(
