@@ -58,8 +58,8 @@ class Config:
         to: format.
         quantize: widths of the denoiser's matrices.
         dynamic: of torchao: round what comes into a product, too.
-        beforehand: of diffusers: open it so that all modulations of a prompt are computed first and the matrices they come from,
-            a third of the weights, are let go; the same images, and less memory.
+        beforehand: of diffusers: open it so that all modulations of a prompt are computed first and the matrices that they come
+            from, a third of the weights, are let go; the same images, and less memory.
         text_bits: of the text encoders' matrices (gguf: T5's).
         pixels: longest side of an image that the position table must reach; the rest of it is left out. 0: the student's own
             resolution, or the whole table where a format's readers expect that.
