@@ -5,8 +5,8 @@
     python benchmarks/small.py --out runs/small --write       # the table of docs/deploy.md and its data, from what is there
 
 Each export is opened again by its own runtime and compared with the student on the same prompts and noise. Times and memory
-are of the denoiser alone, one image at a time, in processes of their own, on an idle machine; the student beside it computes
-in bfloat16 where the processor multiplies that fast.
+are of the denoiser alone, one image at a time, in processes of their own: the machine should have nothing else to do. The
+student beside it computes in bfloat16 where the processor multiplies that fast.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def table(data: dict[str, Any]) -> str:
         "",
         f"{first['prompts']} prompts; the student itself scores {strict:.1f}, takes "
         f"{1e3 * base['p50_s']:.0f} ms an image in bfloat16 and {used:.0f} MiB ({hardware['processor']}, "
-        f"{hardware['threads']} threads, PyTorch {hardware['torch']}).",
+        f"{hardware['threads']} thread(s), PyTorch {hardware['torch']}).",
     ]
     return "\n".join(lines)
 
