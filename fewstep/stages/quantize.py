@@ -187,15 +187,6 @@ class Straight(nn.Module):
         return weight + (self.rounded(weight.detach(), self.bits).to(weight) - weight.detach())
 
 
-def simulate(network: SD3Transformer2DModel, planned: Mapping[str, int], rounded: Round) -> SD3Transformer2DModel:
-    """A copy with rounded matrices: what a format holds, computed in torch."""
-    made = copy.deepcopy(network)
-    for name, module in made.named_modules():
-        if name in planned:
-            module.weight.data = rounded(module.weight.data, planned[name]).to(module.weight)
-    return made
-
-
 def recover(
     config: Config,
     network: SD3Transformer2DModel,
