@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_export import quick, student
+from test_export import asked_for, quick, student
 from tiny import Call
 
 from fewstep.engine import artifact
@@ -17,7 +17,7 @@ from fewstep.recipes import export, plan
 from fewstep.recipes.pipeline import Distillation, build
 from fewstep.stages import export as stage
 
-__all__ = ["quick", "student"]  # fixtures
+__all__ = ["asked_for", "quick", "student"]  # fixtures
 
 PAGE = (Path(__file__).parents[1] / "docs" / "deploy.md").read_text(encoding="utf-8")
 SMALL = ["--set", "gate.pictures=2", "--set", "gate.psnr_16=5", "--set", "gate.psnr_8=5", "--set", "gate.psnr_6=5"]
@@ -45,6 +45,7 @@ def test_every_format_is_on_the_page_and_its_command_works(
     for words in commands("export"):
         words = ["16" if word == "16000" else word for word in words]
         extra = ["--teacher", str(teacher_folder)] if "lora" in words else []
+        extra += ["--prompts", "own.txt"] if {"--average", "--recover"} & set(words) else []
         code, _, err = call(*words, *SMALL, *extra)
         assert code == 0, (words, err)
         made.add(asked[-1].to)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from tiny import Call, tiny_pipe
 
+from fewstep.data import prompts
 from fewstep.engine import artifact
 from fewstep.engine.artifact import Artifact
 from fewstep.grids import STUDENT_GRIDS
@@ -47,6 +48,13 @@ def student(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> P
     record = Artifact("student", "tiny", STUDENT_GRIDS[2], 1.0, MAX_TOKENS, 1, parents={"teacher": teacher.weights})
     artifact.write(folder, record, lambda at: sd3.save(pipe, at))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def asked_for(tmp_path: Path) -> None:
+    """Prompts of one's own."""
+    at = prompts.source(None, 9)
+    (tmp_path / "own.txt").write_text("\n".join(dict.fromkeys(at(k) for k in range(60))))
 
 
 @pytest.fixture(autouse=True)
@@ -102,10 +110,47 @@ def test_nothing_else_is_written_over(place: str, student: Path, call: Call) -> 
     before = sorted(student.parent.rglob("*"))
     for words in (["export", student, "--to", "gguf"], ["encoders", student, "--keep", "t5", "--set", "pictures=2"]):
         code, _, err = call(*words, "--out", place.format(student=student))
-        if words[0] == "export" or place in ("{student}", "{student}/inside"):
+        if words[0] == "export" or "{student}" in place:
             assert code == 2 and "choose another folder" in err, (words, err)
     assert Path("taken/thesis.txt").read_text() == "years of work" and Path("file").read_text() == "more"
-    assert artifact.read(student).kind == "student" and set(before) <= set(student.parent.rglob("*"))
+    assert artifact.read(student).kind == "student" and before == sorted(student.parent.rglob("*"))
+
+
+def test_an_export_called_reference_is_not_taken_for_it(student: Path, call: Call) -> None:
+    gates = ["--set", "gate.psnr_4=5", "--set", "gate.pictures=2"]
+    code, _, err = call("export", student, "--to", "gguf", "--bits", 4, "--out", "reference", *gates)
+    assert code == 0, err
+    assert 0 < json.loads(Path("reference/gate.json").read_text())["fidelity"]["largest"]
+
+
+def test_what_is_chosen_by_and_trained_on_is_not_reported(
+    student: Path, call: Call, monkeypatch: pytest.MonkeyPatch  # `call` goes to the folder of own.txt
+) -> None:
+    met: dict[str, set[str]] = {"choice": set(), "training": set(), "report": set()}
+    where, encode, own = ["other"], sd3.encode, set(Path("own.txt").read_text().splitlines())
+
+    def watched(pipe: Any, texts: list[str], tokens: int) -> Any:
+        met.setdefault(where[0], set()).update(own & set(texts))
+        return encode(pipe, texts, tokens)
+
+    def marked(name: str, place: str) -> None:
+        run = getattr(export, name)
+
+        def at(*given: Any) -> Any:
+            where[0] = place
+            return run(*given)
+
+        monkeypatch.setattr(export, name, at)
+
+    marked("_plan", "choice")
+    marked("_recovered", "training")
+    marked("measure", "report")
+    monkeypatch.setattr(sd3, "encode", watched)
+    asked = ["--prompts", "own.txt", "--average", 5, "--recover", 16, "--set", "quantize.batch=8", "--set", "gate.psnr_4=5"]
+    code, _, err = call("export", student, "--to", "gguf", "--out", "out", *asked)
+    assert code == 0, err
+    assert all(met[name] for name in ("choice", "training", "report"))
+    assert not met["report"] & (met["choice"] | met["training"]) and not met["choice"] & met["training"]
 
 
 def test_an_export_is_replaced_by_another(student: Path, call: Call) -> None:
@@ -151,7 +196,8 @@ def test_modulations_computed_beforehand_are_an_option_of_the_export(student: Pa
 
 
 def test_mixed_widths_are_spent_and_written(student: Path, call: Call) -> None:
-    asked = ["--average", 5, "--set", "gate.psnr_4=5", "--set", "gate.pictures=2", "--set", "quantize.batch=4"]
+    asked = ["--prompts", "own.txt", "--average", 5, "--set", "quantize.batch=4"]
+    asked += ["--set", "gate.psnr_4=5", "--set", "gate.pictures=2"]
     code, said, err = call("export", student, "--to", "gguf", "--out", "out", *asked)
     assert code == 0, err + said
     made = artifact.read(Path("out"))
@@ -163,7 +209,8 @@ def test_mixed_widths_are_spent_and_written(student: Path, call: Call) -> None:
 def test_a_recovered_student_is_nearer(student: Path, call: Call, tmp_path: Path) -> None:
     near = {}
     for recover in (0, 256):
-        asked = ["--recover", recover, "--set", "quantize.batch=8", "--set", "gate.psnr_4=5", "--set", "gate.pictures=2"]
+        asked = ["--prompts", "own.txt", "--recover", recover, "--set", "quantize.batch=8"]
+        asked += ["--set", "gate.psnr_4=5", "--set", "gate.pictures=2"]
         code, said, err = call("export", student, "--to", "gguf", "--bits", 4, "--out", f"out{recover}", *asked)
         assert code == 0, err + said
         source, made = export.open_source(str(student)), artifact.read(Path(f"out{recover}"))
@@ -206,6 +253,7 @@ def test_text_encoders_in_eight_bits_are_the_exports_own(student: Path, call: Ca
         (["--to", "gguf", "--bits", 0], "0 bits"),
         (["--to", "lora", "--rank", "many"], "a whole number such as 64"),
         (["--to", "torchao", "--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--to", "gguf", "--average", 6], "give --prompts FILE"),
         (["--to", "gguf", "--parts", "denoiser"], "writes no parts of its own"),
         (["--to", "onnx", "--parts", "decoder"], "nothing to compare"),
         (["--to", "gguf", "--set", "gate.loss_5=1"], "loss_5"),
@@ -237,7 +285,8 @@ def test_a_missing_library_is_named_before_the_work(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr(quantize, "recover", None)  # which would take long
-    code, _, err = call("export", student, "--to", to, "--bits", 8, "--recover", 64, "--out", "out")
+    asked = ["--to", to, "--bits", 8, "--recover", 64, "--prompts", "own.txt", "--out", "out"]
+    code, _, err = call("export", student, *asked)
     assert code == 2 and "pip install 'fewstep[" in err and err.count("\n") == 1 and not Path("out").exists()
 
 

@@ -134,10 +134,11 @@ def encoders(
     commands.prepare()
     limits = override(gate.Config(), list(set))
     names = tuple(keep.split(",")) if keep is not None else ()
+    if keep is not None:  # first, because it is quick to refuse
+        texts.keep(student, names, out / "student")
     rows = texts.run(student, out, [names] if keep is not None else texts.every(student), limits, prompts)
     print(texts.show(rows))
     if keep is not None:
-        texts.keep(student, names, out / "student")
         print(out / "student")
 
 
@@ -183,7 +184,8 @@ def export(
         rank: of a LoRA: a whole number, or a share of each matrix's change such as 0.9.
         out: folder; runs/export/STUDENT-FORMAT-BITS by default.
         teacher: folder of the student's teacher, for a LoRA; the bundled one is known.
-        prompts: file of prompts to compare images with, for a model of your own.
+        prompts: file of prompts, for a model of your own: a tenth to choose widths and to compare images by, the others for
+            --recover.
         set: a limit of the gate or a setting of rounding, such as gate.loss_6=2 or quantize.seed=3.
     """
     from fewstep.recipes import export as exporting

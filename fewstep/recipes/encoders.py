@@ -14,12 +14,12 @@ import numpy as np
 from diffusers import StableDiffusion3Pipeline
 
 from fewstep.conditioning import ENCODERS
-from fewstep.data import prompt_files, prompts
+from fewstep.data import prompts
 from fewstep.engine import artifact
 from fewstep.engine.precision import fast_dtype
 from fewstep.evaluate.statistics import OVERALL
 from fewstep.models import roles, sd3, sources
-from fewstep.recipes.export import BUNDLED, check_place, reads_shapes
+from fewstep.recipes.export import BUNDLED, check_place, own_prompts, reads_shapes
 from fewstep.recipes.teacher import latent_shape
 from fewstep.stages import encoders, evaluate, gate, pictures
 from fewstep.worlds.shapes import STUDENT_4
@@ -52,6 +52,9 @@ def run(student: str, out: Path, subsets: Sequence[tuple[str, ...]], limits: gat
     whole = record.encoders
     for names in subsets:
         _check(record, folder, names)
+    if folder.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ValueError(f"--out {out} is inside of {folder}, which is measured: choose another folder")
+    texts = prompts.reported(own_prompts(own, folder), limits.pictures)
     pipe = sd3.load(folder, without=sd3.unread(whole))
     subsets = [tuple(name for name in whole if name in names) for names in subsets]
     asked = [whole, *(s for s in dict.fromkeys(subsets) if s != whole)]
@@ -64,7 +67,7 @@ def run(student: str, out: Path, subsets: Sequence[tuple[str, ...]], limits: gat
         label = "+".join(names)
         arms.append(evaluate.Arm(label, record.grid, record.guidance_scale, told, f"{record.weights}:{label}"))
     out.mkdir(parents=True, exist_ok=True)
-    judged = _judged(arms, pipe, record, limits, out / "evaluation", own, reads_shapes(folder))
+    judged = _judged(arms, pipe, record, limits, out / "evaluation", texts, reads_shapes(folder))
     rows = [
         {"encoders": list(names), **found, **_cost(pipe, names, record.t5_tokens)}
         for names, found in zip(asked, judged, strict=True)
@@ -123,7 +126,7 @@ def _judged(
     record: artifact.Artifact,
     limits: gate.Config,
     scratch: Path,
-    own: Path | None,
+    texts: list[str],
     shapes: bool,
 ) -> Rows:
     if shapes:
@@ -131,9 +134,6 @@ def _judged(
         found = evaluate.run(config, arms, pipe, record.t5_tokens, scratch)["arms"]
         counts = {"n_prompts": len({r["prompt"] for r in found[arms[0].name]["results"]}), "n_seeds": limits.seeds}
         return [{"strict": gate.scores(found[arm.name], found[arms[0].name]), **counts} for arm in arms]
-    texts = prompts.reported(None, limits.pictures)
-    if own is not None:
-        texts = [p.text for p in prompt_files.read(own)][: limits.pictures]
     config = evaluate.Config("pictures", seeds=max(2, limits.seeds), batch=4)
     cond = evaluate.encode(pipe, [*texts, ""], record.t5_tokens, 16)
     drawn = pictures.run(config, arms, texts, cond, latent_shape(pipe, record.resolution), scratch)

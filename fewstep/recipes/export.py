@@ -84,7 +84,8 @@ def run(
         source: the student.
         out: the export's folder; one that is there is replaced by a whole one.
         limits: what it may lose.
-        own: file of prompts, for a student that no detector reads.
+        own: file of prompts, for a student that no detector reads; widths are chosen, and it is trained, on other ones of them
+            than it is measured on.
 
     Returns:
         What `gate.json` holds.
@@ -95,14 +96,16 @@ def run(
     """
     for folder in filter(None, (source.folder, source.teacher)):
         check_place(out, folder, lambda there: there.kind == "export")
-    texts = None if own is None else [p.text for p in prompt_files.read(own)][: limits.pictures]
+    texts = own_prompts(own, source.folder)
+    if texts is None and (config.quantize.average or config.quantize.recover) and not reads_shapes(source.folder):
+        raise ValueError("average and recover look at what a student draws: give --prompts FILE with prompts like its users'")
     network = source.pipe.transformer
     least = min(config.quantize.choices) if config.quantize.average else config.quantize.bits
     export.check(config, source, widths.uniform(network, least, config.quantize.kept))
-    planned, costs = _plan(config, source)
+    planned, costs = _plan(config, source, texts)
     work = _work(config, source, planned, out)
     if config.quantize.recover:
-        network = _recovered(config, source, planned, work)
+        network = _recovered(config, source, planned, work, texts)
     network = export.canonical_of(config, source, network)
     facts: dict[str, Any] = {}
 
@@ -125,18 +128,33 @@ def run(
     artifact.write(out, record, fill)
     shutil.rmtree(work, ignore_errors=True)
     facts["average_bits"] = widths.average(network, planned, config.quantize.kept)
-    found = measure(out, source, limits, texts) | {"facts": facts, "sensitivity": costs}
+    found = measure(out, source, limits, prompts.reported(texts, limits.pictures)) | {"facts": facts, "sensitivity": costs}
     _write(out, found)
     artifact.mark(out, not found["failed"], _figures(found))
     return found
 
 
-def _plan(config: export.Config, source: export.Source) -> tuple[widths.Widths, dict[str, dict[int, float]]]:
+def own_prompts(file: Path | None, student: Path) -> list[str] | None:
+    """Prompts of a file, each once; None where there is none.
+
+    Raises:
+        ValueError: as `prompt_files.read`, or a student of the bundled world, which has prompts of its own.
+    """
+    if file is None:
+        return None
+    if reads_shapes(student):
+        raise ValueError(f"{student} draws the bundled world and is measured on its prompts: leave out --prompts")
+    return list(dict.fromkeys(p.text for p in prompt_files.read(file)))
+
+
+def _plan(
+    config: export.Config, source: export.Source, own: list[str] | None
+) -> tuple[widths.Widths, dict[str, dict[int, float]]]:
     """The width of each matrix, by prompts that nothing is reported on."""
     if not config.quantize.average:
         return widths.uniform(source.pipe.transformer, config.quantize.bits, config.quantize.kept), {}
     rows = range(config.quantize.batch)
-    cond = sd3.encode(source.pipe, prompts.held_out(None, len(rows)), source.record.t5_tokens)
+    cond = sd3.encode(source.pipe, prompts.held_out(own, len(rows)), source.record.t5_tokens)
     path = quantize.own_states(
         source.pipe.transformer, source.record.grid, cond, source.latent, range(len(cond)), config.quantize.seed
     )
@@ -149,8 +167,10 @@ def _work(config: export.Config, source: export.Source, planned: widths.Widths, 
     return out.parent / f"{out.name}.recover-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
 
 
-def _recovered(config: export.Config, source: export.Source, planned: widths.Widths, work: Path) -> Any:
-    at = prompts.source(None, config.quantize.seed)
+def _recovered(
+    config: export.Config, source: export.Source, planned: widths.Widths, work: Path, own: list[str] | None
+) -> Any:
+    at = prompts.source(own, config.quantize.seed)
 
     def cond_at(rows: range) -> TextCond:
         return sd3.encode(source.pipe, [at(k) for k in rows], source.record.t5_tokens)
@@ -163,12 +183,14 @@ def _recovered(config: export.Config, source: export.Source, planned: widths.Wid
     return made.cpu()
 
 
-def measure(
-    folder: Path, source: export.Source, limits: gate.Config, own: Sequence[str] | None = None
-) -> dict[str, Any]:
+def measure(folder: Path, source: export.Source, limits: gate.Config, texts: Sequence[str]) -> dict[str, Any]:
     """An export, opened by its own runtime, against its student on the same prompts and noise.
 
-    Args as in `run`.
+    Args:
+        folder: the export.
+        source: the student.
+        limits: what it may lose.
+        texts: prompts of pictures, where no detector reads them; the bundled world has its own.
 
     Returns:
         Figures, and "failed": what keeps it from passing, in sentences.
@@ -182,7 +204,6 @@ def measure(
     if reads_shapes(source.folder):
         strict, images, texts = _benchmark(folder, record, source, limits, scratch)
     else:
-        texts = list(own) if own is not None else prompts.reported(None, limits.pictures)
         strict, images = None, _drawn(folder, record, source, texts, scratch)
     near = fidelity.summary(images[FOUND], images[REFERENCE])
     disk = {REFERENCE: _size(opened.files(source.folder, source.record)), FOUND: _size(opened.files(folder, record))}
@@ -216,7 +237,7 @@ def _benchmark(
     folder: Path, record: Artifact, source: export.Source, limits: gate.Config, scratch: Path
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any], list[str]]:
     asked = evaluate.Config(per_task=limits.per_task, seeds=limits.seeds)
-    made, called = {}, {REFERENCE: REFERENCE, FOUND: folder.name}
+    made, called = {}, {REFERENCE: REFERENCE, FOUND: f"{FOUND}-{folder.name}"}
     for name in (REFERENCE, FOUND):
         # text encoders in fewer bits are the export's own
         pipe = source.pipe if name == REFERENCE or record.config["text_bits"] == widths.FULL else _texts_of(folder, source)
@@ -232,7 +253,7 @@ def _drawn(folder: Path, record: Artifact, source: export.Source, texts: Sequenc
     for name in (REFERENCE, FOUND):
         pipe = source.pipe if name == REFERENCE or record.config["text_bits"] == widths.FULL else _texts_of(folder, source)
         cond = evaluate.encode(pipe, [*texts, ""], source.record.t5_tokens, 16)
-        arm = replace(_arm(name, folder, record, source), name=REFERENCE if name == REFERENCE else folder.name)
+        arm = replace(_arm(name, folder, record, source), name=name if name == REFERENCE else f"{FOUND}-{folder.name}")
         x0 = pictures.run(asked, [arm], texts, cond, source.latent, scratch)[arm.name].x0
         images[name] = to_uint8(sd3.decode(source.pipe, x0[:, 0]))
     return images
