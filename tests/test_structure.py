@@ -16,6 +16,7 @@ PACKAGE = ROOT / "fewstep"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 MATHEMATICS = {"flow", "grids", "guidance", "solvers", "conditioning", "noise"}
+BELOW = {"engine", "objectives", "models", "formats", "worlds", "data", "evaluate", "report"}
 # Imports point down: each part may import itself, the mathematics, and what stands here.
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in MATHEMATICS},
@@ -27,9 +28,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"engine", "objectives", "worlds"},
     "evaluate": {"engine", "worlds"},
     "report": {"engine", "evaluate", "worlds"},
-    "stages": {"engine", "objectives", "models", "formats", "worlds", "data", "evaluate", "report"},
-    "recipes": {"engine", "objectives", "models", "formats", "worlds", "data", "evaluate", "report", "stages"},
-    "commands": {"engine", "objectives", "models", "formats", "worlds", "data", "evaluate", "report", "stages", "recipes"},
+    "stages": BELOW,
+    "serve": {"engine", "models", "formats", "worlds", "data", "evaluate", "report", "stages"},
+    "study": {"engine", "worlds", "data", "evaluate", "report"},
+    "recipes": {*BELOW, "stages", "serve", "study"},
+    "commands": {*BELOW, "stages", "serve", "study", "recipes"},
     "cli": {"commands", "engine", "recipes"},
 }
 TORCH_ONLY = {*MATHEMATICS, "objectives"}
@@ -244,7 +247,7 @@ def test_links_to_files_lead_somewhere(name: str) -> None:
 
 def test_versions_are_pinned_for_what_is_required() -> None:
     def names(text: str) -> set[str]:
-        return {name.lower() for name in re.findall(r'^\s*"?([A-Za-z0-9_-]+)(?:>=|==)', text, re.MULTILINE)}
+        return {name.lower() for name in re.findall(r'^\s*"?([A-Za-z0-9_-]+)(?:\[\w+\])?(?:>=|==)', text, re.MULTILINE)}
 
     required = names((ROOT / "pyproject.toml").read_text().split("[project.scripts]")[0]) - {"setuptools"}
     assert required == names((ROOT / "constraints.txt").read_text())

@@ -1,1 +1,1 @@
-"""Protocols, outcomes and statistics of evaluation. Nothing here runs a network; `stages.evaluate` does."""
+"""Protocols, sets of images, metrics and statistics. What runs a network lies in `adapters`, which nothing here imports."""

@@ -1,0 +1,149 @@
+"""Images of one arm on disk, in GenEval's layout, so that its tools and ours read the same folder.
+
+    benchmark.json                what was asked
+    sampling.json                 who answered, and how
+    00012/metadata.jsonl          one line: the prompt and its facts
+    00012/samples/0003.png        prompt 12, seed 3
+
+Every image appears by a rename. A set is whole when no image is missing; a set that is not is never scored.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from fewstep.evaluate import benchmark as protocols
+from fewstep.evaluate.benchmark import Benchmark
+
+BENCHMARK, SAMPLING = "benchmark.json", "sampling.json"
+NAMED = 5  # missing images that an error lists
+
+
+class ImageSet(NamedTuple):
+    """One arm's images.
+
+    Attributes:
+        folder: where they are.
+        benchmark: what was asked.
+        sampling: "name" of the arm, and as far as known "model" (hash of its weights), "grid", "guidance_scale", "nfe",
+            "width", "height", "seconds_per_image".
+    """
+
+    folder: Path
+    benchmark: Benchmark
+    sampling: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The arm's name."""
+        return str(self.sampling["name"])
+
+    def image(self, prompt: int, seed: int) -> NDArray[np.uint8]:
+        """One image, (H, W, 3).
+
+        Raises:
+            ValueError: it is missing or damaged.
+        """
+        path = self.folder / file_name(prompt, seed)
+        try:
+            with Image.open(path) as opened:
+                return np.asarray(opened.convert("RGB"))
+        except (OSError, UnidentifiedImageError, SyntaxError) as error:
+            raise ValueError(f"{path} is missing or damaged ({error}): delete it and draw it again") from error
+
+
+def file_name(prompt: int, seed: int) -> str:
+    """Where an image lies in its set."""
+    return f"{prompt:05d}/samples/{seed:04d}.png"
+
+
+def begin(folder: Path, benchmark: Benchmark, sampling: Mapping[str, Any]) -> None:
+    """Make or go on with a set.
+
+    Args:
+        folder: of the set.
+        benchmark: what is asked.
+        sampling: see `ImageSet`; "name" is needed.
+
+    Raises:
+        ValueError: the folder holds images of another benchmark or arm.
+    """
+    settled = {key: value for key, value in sampling.items() if key != "seconds_per_image"}
+    if (folder / SAMPLING).is_file():
+        held = json.loads((folder / SAMPLING).read_text(encoding="utf-8"))
+        held.pop("seconds_per_image", None)
+        if held != json.loads(json.dumps(settled)) or protocols.read(folder / BENCHMARK).hash != benchmark.hash:
+            raise ValueError(f"{folder} holds images of another model, grid or protocol: give another folder, or delete it")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    protocols.write(folder / BENCHMARK, benchmark)
+    _write(folder / SAMPLING, dict(sampling))
+
+
+def put(folder: Path, benchmark: Benchmark, prompt: int, seed: int, image: NDArray[np.uint8]) -> None:
+    """Store one image (H, W, 3)."""
+    path = folder / file_name(prompt, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    told = path.parent.parent / "metadata.jsonl"
+    if not told.is_file():
+        entry = benchmark.entries[prompt]
+        line = {"prompt": entry.text, "tag": entry.category, **entry.facts}
+        partial = told.with_name(told.name + ".partial")
+        partial.write_text(json.dumps(line) + "\n", encoding="utf-8")
+        os.replace(partial, told)
+    partial = path.with_name(path.name + ".partial")
+    Image.fromarray(image).save(partial, "PNG")
+    os.replace(partial, path)
+
+
+def finish(folder: Path, **figures: float) -> None:
+    """Add figures of the drawing, such as seconds_per_image, to the arm's record."""
+    held = json.loads((folder / SAMPLING).read_text(encoding="utf-8"))
+    _write(folder / SAMPLING, held | figures)
+
+
+def missing(folder: Path, benchmark: Benchmark) -> list[str]:
+    """Names of images that are not there."""
+    return [name for p, s in benchmark.images if not (folder / (name := file_name(p, s))).is_file()]
+
+
+def read(folder: Path, benchmark: Benchmark | None = None) -> ImageSet:
+    """A whole set.
+
+    Args:
+        folder: the set's; one that another tool made in GenEval's layout needs `benchmark`.
+        benchmark: what it must answer; by default what it says of itself.
+
+    Raises:
+        ValueError: not a set, one of another benchmark, or incomplete; says which images are missing.
+    """
+    own = protocols.read(folder / BENCHMARK) if (folder / BENCHMARK).is_file() else None
+    asked = benchmark or own
+    if asked is None:
+        raise ValueError(f"{folder} is no set of images: {BENCHMARK} is missing. Name the protocol that it answers")
+    if own is not None and own.hash != asked.hash:
+        raise ValueError(f"{folder} answers {own.name} ({own.hash[:12]}), not {asked.name} ({asked.hash[:12]})")
+    absent = missing(folder, asked)
+    if absent:
+        more = f" and {len(absent) - NAMED} more" if len(absent) > NAMED else ""
+        raise ValueError(
+            f"{folder} lacks {len(absent)} of {len(asked.images)} images of {asked.name}: {', '.join(absent[:NAMED])}{more}. "
+            "A score of some images is no score: draw the others"
+        )
+    known = folder / SAMPLING
+    sampling = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {"name": folder.name}
+    return ImageSet(folder, asked, sampling)
+
+
+def _write(path: Path, record: Mapping[str, Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,1 @@
+"""A blind study with people: planned, served, analysed."""
