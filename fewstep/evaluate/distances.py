@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.evaluate import statistics
+from fewstep.evaluate.metrics import polynomial
 from fewstep.evaluate.outcomes import Outcome
 from fewstep.evaluate.statistics import Estimate
 from fewstep.worlds.shapes.scene import COLORS, SHAPES, SIZES
@@ -161,7 +162,7 @@ def energy_distance(a: Tensor, b: Tensor, paired: bool = False) -> tuple[float, 
 
 
 def _kernel(x: Float, y: Float) -> Float:
-    out: Float = (x @ y.T / x.shape[1] + 1.0) ** 3
+    out: Float = polynomial(torch.from_numpy(x), torch.from_numpy(y)).numpy()
     return out
 
 
