@@ -167,17 +167,36 @@ def show(path: tyro.conf.Positional[Path | None] = None, /) -> None:
     demonstration.show(path)
 
 
-def doctor(out: Path = Path("runs")) -> None:
+def doctor(
+    out: Path = Path("runs"),
+    eval: bool = False,
+    sidecar: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COMMAND"), tyro.conf.UseAppendAction] = (),
+    weights: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=FOLDER"), tyro.conf.UseAppendAction] = (),
+) -> None:
     """Look at this machine: environment, torch build, GPUs, memory, disk, hub login; then draw and check a few images.
 
-    Every finding that needs a hand comes with what mends it. Ends with code 1 when something hinders everything. Stays
-    offline.
+    With --eval: let every metric test itself instead. A metric that is here and wrong is red; what is absent is said with
+    what installs it.
+
+    Every finding that needs a hand comes with what mends it. Ends with code 1 when something hinders everything, or a metric
+    is wrong. Stays offline.
 
     Args:
         out: where runs are to be written.
+        eval: test the metrics.
+        sidecar: with --eval, command of an evaluator in an environment of its own; may be given several times.
+        weights: with --eval, where a metric's weights lie; may be given several times.
     """
+    if (sidecar or weights) and not eval:
+        raise ValueError("--sidecar and --weights belong to --eval")
+    commands.prepare()
+    if eval:
+        from fewstep.recipes import doctor_eval
+
+        if not doctor_eval.run(sidecar, weights):
+            raise SystemExit(1)
+        return
     from fewstep.recipes import doctor as surgery
 
-    commands.prepare()
     if not surgery.run(out):
         raise SystemExit(1)
