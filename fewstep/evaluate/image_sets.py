@@ -74,15 +74,17 @@ def begin(folder: Path, benchmark: Benchmark, sampling: Mapping[str, Any]) -> No
         sampling: see `ImageSet`; "name" is needed.
 
     Raises:
-        ValueError: the folder holds images of another benchmark or arm.
+        ValueError: the folder holds images of another benchmark or arm, or of nobody knows whom.
     """
     settled = {key: value for key, value in sampling.items() if key != "seconds_per_image"}
     if (folder / SAMPLING).is_file():
-        held = json.loads((folder / SAMPLING).read_text(encoding="utf-8"))
+        held = told(folder)
         held.pop("seconds_per_image", None)
         if held != json.loads(json.dumps(settled)) or protocols.read(folder / BENCHMARK).hash != benchmark.hash:
             raise ValueError(f"{folder} holds images of another model, grid or protocol: give another folder, or delete it")
         return
+    if missing(folder, benchmark) != [file_name(*image) for image in benchmark.images]:
+        raise ValueError(f"{folder} holds images, and nothing says who drew them: give another folder, or score it as it is")
     folder.mkdir(parents=True, exist_ok=True)
     protocols.write(folder / BENCHMARK, benchmark)
     _write(folder / SAMPLING, dict(sampling))
@@ -106,8 +108,22 @@ def put(folder: Path, benchmark: Benchmark, prompt: int, seed: int, image: NDArr
 
 def finish(folder: Path, **figures: float) -> None:
     """Add figures of the drawing, such as seconds_per_image, to the arm's record."""
-    held = json.loads((folder / SAMPLING).read_text(encoding="utf-8"))
-    _write(folder / SAMPLING, held | figures)
+    _write(folder / SAMPLING, told(folder) | figures)
+
+
+def told(folder: Path) -> dict[str, Any]:
+    """A set's record of its arm.
+
+    Raises:
+        ValueError: missing or damaged.
+    """
+    path = folder / SAMPLING
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        _ = held["name"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): draw the set anew, in another folder") from None
+    return dict(held)
 
 
 def missing(folder: Path, benchmark: Benchmark) -> list[str]:
@@ -123,7 +139,7 @@ def read(folder: Path, benchmark: Benchmark | None = None) -> ImageSet:
         benchmark: what it must answer; by default what it says of itself.
 
     Raises:
-        ValueError: not a set, one of another benchmark, or incomplete; says which images are missing.
+        ValueError: not a set, one of another benchmark or with other prompts, or incomplete; says which images are missing.
     """
     own = protocols.read(folder / BENCHMARK) if (folder / BENCHMARK).is_file() else None
     asked = benchmark or own
@@ -131,6 +147,8 @@ def read(folder: Path, benchmark: Benchmark | None = None) -> ImageSet:
         raise ValueError(f"{folder} is no set of images: {BENCHMARK} is missing. Name the protocol that it answers")
     if own is not None and own.hash != asked.hash:
         raise ValueError(f"{folder} answers {own.name} ({own.hash[:12]}), not {asked.name} ({asked.hash[:12]})")
+    if own is None:
+        _same_prompts(folder, asked)
     absent = missing(folder, asked)
     if absent:
         more = f" and {len(absent) - NAMED} more" if len(absent) > NAMED else ""
@@ -138,9 +156,20 @@ def read(folder: Path, benchmark: Benchmark | None = None) -> ImageSet:
             f"{folder} lacks {len(absent)} of {len(asked.images)} images of {asked.name}: {', '.join(absent[:NAMED])}{more}. "
             "A score of some images is no score: draw the others"
         )
-    known = folder / SAMPLING
-    sampling = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {"name": folder.name}
+    sampling = told(folder) if (folder / SAMPLING).is_file() else {"name": folder.name}
     return ImageSet(folder, asked, sampling)
+
+
+def _same_prompts(folder: Path, asked: Benchmark) -> None:
+    """What another tool noted beside its images must be what is asked: a list in another order is scored without a word."""
+    for number, entry in enumerate(asked.entries):
+        path = folder / f"{number:05d}" / "metadata.jsonl"
+        try:
+            text = json.loads(path.read_text(encoding="utf-8"))["prompt"] if path.is_file() else entry.text
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}): delete it, if the images are of the right prompts") from None
+        if text != entry.text:
+            raise ValueError(f"{path} says {str(text)[:80]!r}; prompt {number} of {asked.name} is {entry.text!r}")
 
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:

@@ -1,0 +1,373 @@
+"""`fewstep eval`: the verdicts of the stage, sets that are whole or refused, and scores that say what they are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import Call
+
+from fewstep.engine import artifact
+from fewstep.evaluate import adapters, benchmark, builtin, coco, image_sets, metrics, outcomes, scores
+from fewstep.evaluate.benchmark import Benchmark, Entry
+from fewstep.models import sd3
+from fewstep.recipes import evaluation, scoring
+from fewstep.stages import evaluate
+from fewstep.worlds.shapes import STUDENT_4
+from fewstep.worlds.shapes.grammar import parse
+from fewstep.worlds.shapes.prompts import place_ask
+from fewstep.worlds.shapes.render import render
+
+SHAPES = ("--protocol", "shapes-strict", "--per-task", "1", "--seeds", "1")  # nine images
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled student's answers to nine prompts."""
+    out = tmp_path_factory.mktemp("eval") / "student"
+    return evaluation.draw("bundled", builtin.shapes("strict", 1, 1), out, None, evaluation.Sampling())
+
+
+@pytest.fixture
+def copy(drawn: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(drawn, tmp_path / "student"))
+
+
+def made_set(folder: Path, asked: Benchmark, colour: int = 0, name: str = "arm") -> Path:
+    """A set of plain images: prompt and seed are in their colour."""
+    image_sets.begin(folder, asked, {"name": name, "model": "w", "grid": [1.0, 0.0], "guidance_scale": 1.0})
+    for p, s in asked.images:
+        image_sets.put(folder, asked, p, s, np.full((16, 16, 3), (colour, 10 * p, 10 * s), dtype=np.uint8))
+    return folder
+
+
+# --- the bundled world
+
+
+def test_verdicts_are_the_stages(copy: Path, tmp_path: Path) -> None:
+    record, todo = scoring.run(image_sets.read(copy), scoring.Wanted())
+    made = artifact.read(STUDENT_4)
+    pipe = sd3.load(STUDENT_4)
+    arm = evaluate.Arm("student_4", made.grid, made.guidance_scale, sd3.velocity(pipe.transformer), "x")
+    config = evaluate.Config(per_task=1, seeds=1)
+    outcome = evaluate.run(config, [arm], pipe, made.t5_tokens, tmp_path / "stage")["arms"]["student_4"]
+    for scoring_ in ("strict", "geneval"):
+        assert record["metrics"][scoring_]["values"] == outcomes.verdicts(outcome, scoring_).tolist()
+    assert record["metrics"]["strict"]["reasons"] == [[r["reason"]] for r in outcome["results"]]
+    images = image_sets.read(copy)
+    there = np.stack([images.image(*i) for i in images.benchmark.images]).astype(int)
+    assert np.abs(there - outcomes.read_images(tmp_path / "stage", "student_4").astype(int)).max() <= 1
+    assert todo == "" and record["sampling"]["nfe"] == 4 and record["sampling"]["grid"] == list(made.grid)
+
+
+def test_the_command_says_what_it_measured(call: Call, copy: Path) -> None:
+    code, out, _ = call("eval", copy)
+    asked = builtin.shapes("strict", 1, 1)
+    assert code == 0 and f"student_4 on shapes-strict {asked.hash[:12]}" in out and "9 prompts x 1 seed, 95 % intervals" in out
+    assert out.count(f"[{asked.hash[:12]}]") == 2  # no table without the hash
+    record = scores.read(copy)
+    assert record["protocol"] == benchmark.asked_and_sampled(asked, image_sets.read(copy).sampling)
+    assert record["benchmark"]["hash"] == asked.hash and record["benchmark"]["entries"]["role_swap"] == 2
+    table = record["metrics"]["strict"]["table"]
+    assert list(table)[0] == "overall" and table["overall"]["prompts"] == 6 and table["role_swap"]["prompts"] == 2
+    assert table["overall"]["mean"] == pytest.approx(np.mean(record["metrics"]["strict"]["values"][:6]))
+    assert not list(copy.rglob("*.partial"))
+
+
+def test_an_interrupted_drawing_goes_on_with_what_is_missing(call: Call, copy: Path, capfd) -> None:
+    lost = [copy / image_sets.file_name(p, 0) for p in (2, 7)]
+    before = {path: path.read_bytes() for path in lost}
+    kept = copy / image_sets.file_name(0, 0)
+    kept.write_bytes(kept.read_bytes() + b"")
+    stamp = kept.stat().st_mtime_ns
+    for path in lost:
+        path.unlink()
+    code, _, err = call("eval", copy)
+    assert code == 2 and "lacks 2 of 9 images" in err and not (copy / scores.FILE).exists()
+    code, _, err = call("eval", "bundled", *SHAPES, "--out", copy)
+    assert code == 0 and "2 images" in err
+    assert {path: path.read_bytes() for path in lost} == before and kept.stat().st_mtime_ns == stamp
+
+
+def test_another_arm_is_refused_before_anything_is_drawn(call: Call, copy: Path, teacher_folder: Path) -> None:
+    for words, said in (
+        ([teacher_folder, *SHAPES], "another name, model, steps, guidance_scale"),
+        (["bundled", *SHAPES, "--guidance", "2"], "another name, guidance_scale"),
+        (["bundled", *SHAPES[:-1], "2"], "another protocol"),
+        (["bundled", *SHAPES, "--name", "b"], "another name"),
+    ):
+        code, _, err = call("eval", *words, "--out", copy)
+        assert code == 2 and said in err
+    (copy / image_sets.SAMPLING).unlink()
+    code, _, err = call("eval", "bundled", *SHAPES, "--out", copy)
+    assert code == 2 and "nothing says who drew them" in err
+    code, _, err = call("eval", "bundled", *SHAPES, "--steps", "7", "--out", copy.parent / "new")
+    assert code == 2 and "4 steps" in err and not (copy.parent / "new").exists()
+
+
+def test_true_scenes_are_all_right_and_the_wrong_size_is_refused(tmp_path: Path) -> None:
+    asked = builtin.shapes("geneval", 2, 2)
+    folder = tmp_path / "truth"
+    image_sets.begin(folder, asked, {"name": "truth"})
+    for p, s in asked.images:
+        image_sets.put(folder, asked, p, s, render(place_ask(parse(asked.entries[p].text), np.random.default_rng([p, s]))))
+    record, _ = scoring.run(image_sets.read(folder), scoring.Wanted())
+    for name in ("strict", "geneval"):
+        metric = record["metrics"][name]
+        assert np.all(metric["values"]) and metric["table"]["overall"] == {
+            "mean": 1.0, "lo": 1.0, "hi": 1.0, "any_seed": 1.0, "all_seeds": 1.0, "prompts": 12}  # fmt: skip
+    image_sets.put(folder, asked, 0, 0, np.zeros((32, 32, 3), dtype=np.uint8))
+    with pytest.raises(ValueError, match="32x32 pixels"):
+        scoring.run(image_sets.read(folder), scoring.Wanted())
+
+
+def test_a_detector_that_misreads_scores_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = evaluate.judge
+    monkeypatch.setattr(evaluate, "judge", lambda images, prompts: judge(np.zeros_like(images), prompts))
+    with pytest.raises(ValueError, match="the detector misreads a true scene"):
+        scoring.run(image_sets.read(copy), scoring.Wanted())
+    assert not (copy / scores.FILE).exists()
+    monkeypatch.setattr(scoring, "DETECTOR_VERSION", 99)
+    with pytest.raises(ValueError, match="draw it anew"):
+        scoring.run(image_sets.read(copy), scoring.Wanted())
+
+
+# --- GenEval
+
+
+@pytest.fixture
+def geneval_set(tmp_path: Path) -> Path:
+    return made_set(tmp_path / "g", evaluation.protocol("geneval", per_task=2, seeds=1))
+
+
+def detections(folder: Path, path: Path) -> Path:
+    """Everything that is wanted, of the right colour, all at one place: positions are wrong."""
+    lines = []
+    asked = image_sets.read(folder).benchmark
+    for p, s in asked.images:
+        found = [
+            {"class": w["class"], "score": 0.95, "box": [0, 0, 9, 9], "color": w.get("color", "red")}
+            for w in asked.entries[p].facts["include"]
+            for _ in range(w["count"])
+        ]
+        lines.append({"file": image_sets.file_name(p, s), "detections": found, "evaluator": {"detector": "mine"}})
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_geneval_needs_detections_and_says_how_to_get_them(call: Call, geneval_set: Path, tmp_path: Path) -> None:
+    code, out, _ = call("eval", geneval_set)
+    assert code == 1 and "is whole" in out and f"fewstep eval {geneval_set} --sidecar" in out and "--detections" in out
+    assert not (geneval_set / scores.FILE).exists()
+    code, out, _ = call("eval", geneval_set, "--detections", detections(geneval_set, tmp_path / "d.jsonl"))
+    table = scores.read(geneval_set)["metrics"]["geneval"]["table"]
+    assert code == 0 and "GenEval with mine [" in out
+    assert table["overall"]["mean"] == pytest.approx(5 / 6) and table["position"]["mean"] == 0
+    (tmp_path / "d.jsonl").write_text((tmp_path / "d.jsonl").read_text().split("\n", 1)[1])
+    code, _, err = call("eval", geneval_set, "--detections", tmp_path / "d.jsonl")
+    assert code == 2 and "lacks 1 of 12 images: 00000/samples/0000.png" in err
+
+
+SIDECAR = """
+import json, sys
+print(json.dumps({"sidecar": "plain", "version": "1", "needs": ["file"]}), flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    answer = {"score": len(asked["prompt"]) / 10} if "score" in sys.argv else {"detections": []}
+    print(json.dumps({"id": asked["id"], **answer}), flush=True)
+"""
+
+
+def test_a_sidecar_is_asked(call: Call, geneval_set: Path, tmp_path: Path) -> None:
+    (tmp_path / "side.py").write_text(SIDECAR)
+    command = f"{sys.executable} {tmp_path / 'side.py'}"
+    code, out, _ = call("eval", geneval_set, "--sidecar", command)
+    assert code == 0 and "GenEval with sidecar plain" in out and "! nothing was found in 12 of 12 images" in out
+    assert call("eval", geneval_set, "--detections", geneval_set / "plain.jsonl")[1] == out  # its answers stay
+    code, out, _ = call("eval", geneval_set, "--sidecar", command + " score")  # another one joins the first
+    assert code == 0 and list(scores.read(geneval_set)["metrics"]) == ["geneval", "plain"]
+    assert not list(geneval_set.glob("*.partial"))
+    own = made_set(tmp_path / "own", Benchmark("own", (Entry("ab"), Entry("abcd")), 2, {}))
+    assert call("eval", own, "--sidecar", command + " score")[0] == 0
+    assert scores.read(own)["metrics"]["plain"]["values"] == [[0.2, 0.2], [0.4, 0.4]]
+
+
+def test_sets_of_other_tools_are_scored_as_they_are(call: Call, geneval_set: Path, tmp_path: Path) -> None:
+    protocol = tmp_path / "protocol.json"
+    shutil.move(geneval_set / image_sets.BENCHMARK, protocol)
+    (geneval_set / image_sets.SAMPLING).unlink()
+    file = tmp_path / "d.jsonl"
+    assert "Name the protocol" in call("eval", geneval_set)[2]
+    assert call("eval", geneval_set, "--protocol", protocol)[0] == 1
+    asked = benchmark.read(protocol)
+    lines = [{"filename": image_sets.file_name(p, s), "correct": True} for p, s in asked.images]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    code, out, _ = call("eval", geneval_set, "--protocol", protocol, "--detections", file, "--name", "theirs")
+    assert code == 0 and out.startswith("theirs on geneval-first2") and "GenEval [" in out
+
+
+# --- metrics by name
+
+
+@pytest.fixture
+def measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A score and features without a network: means of colours."""
+    monkeypatch.setattr(adapters, "SCORES", {"redness": None})
+    monkeypatch.setattr(adapters, "FEATURES", {"colours": None})
+
+    def score(name: str, images: Any, prompts: Any = (), weights: Any = None) -> np.ndarray:
+        assert name == "redness" and len(images) == len(prompts) <= scoring.CHUNK
+        return np.array([image[..., 0].mean() + len(text) for image, text in zip(images, prompts, strict=True)])
+
+    def features(name: str, images: Any, weights: Any = None) -> torch.Tensor:
+        assert name == "colours"
+        return torch.stack([torch.from_numpy(image.reshape(-1, 3).mean(0)).float() for image in images])
+
+    monkeypatch.setattr(adapters, "score", score)
+    monkeypatch.setattr(adapters, "features", features)
+    monkeypatch.setattr(adapters, "describe", lambda name, weights=None: {"metric": name, "weights": str(weights)})
+
+
+def test_scores_of_images_keep_their_order_and_their_weights(call: Call, measures: None, tmp_path: Path) -> None:
+    asked = Benchmark("own", tuple(Entry("x" * (p + 1), "odd" if p % 2 else "even") for p in range(21)), 2, {})
+    folder = made_set(tmp_path / "own", asked, colour=100)
+    code, out, _ = call("eval", folder, "--metric", "redness")
+    assert code == 0 and f"redness [{asked.hash[:12]}]" in out
+    metric = scores.read(folder)["metrics"]["redness"]
+    assert metric["values"] == [[100.0 + p + 1] * 2 for p in range(21)]
+    assert list(metric["table"]) == ["all", "even", "odd"] and metric["table"]["all"]["mean"] == 111.0
+    assert metric["evaluator"] == {"metric": "redness", "weights": "None"}
+    call("eval", folder, "--metric", "redness", "--weights", "redness=mine.safetensors")
+    assert scores.read(folder)["metrics"]["redness"]["hash"] != metric["hash"]
+    assert "give NAME=FOLDER" in call("eval", folder, "--metric", "redness", "--weights", "mine")[2]
+    assert "no metric blueness (known: redness, colours)" in call("eval", folder, "--metric", "blueness")[2]
+    assert "--reference" in call("eval", folder, "--metric", "colours")[2]
+
+
+def test_distances_from_real_images(call: Call, measures: None, tmp_path: Path) -> None:
+    asked = Benchmark("own", tuple(Entry("x") for _ in range(8)), 2, {})
+    folder, real = made_set(tmp_path / "own", asked, colour=10), tmp_path / "real"
+    real.mkdir()
+    points = np.random.default_rng(0).integers(0, 255, (12, 3))
+    for i, point in enumerate(points):
+        Image.fromarray(np.full((9, 7, 3), point, dtype=np.uint8)).save(real / f"{i:02d}.png")
+    assert call("eval", folder, "--metric", "colours", "--reference", real)[0] == 0
+    metric = scores.read(folder)["metrics"]["colours"]
+    own = torch.tensor([[10.0, 10 * p, 10 * s] for p, s in asked.images])
+    assert metric["table"]["frechet"] == pytest.approx(metrics.frechet(own, torch.from_numpy(points).float()).value)
+    assert metric["table"]["real images"] == 12 and metric["table"]["kid lo"] <= metric["table"]["kid"]
+    (real / "00.png").write_bytes(b"no image")
+    assert "00.png is damaged" in call("eval", folder, "--metric", "colours", "--reference", real)[2]
+    assert "name the network" in call("eval", folder, "--reference", real)[2]
+
+
+def test_a_coco_protocol_prepares_both_sides_alike(measures: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    plain = adapters.features
+    monkeypatch.setattr(adapters, "features", lambda n, i, weights=None: (seen.extend(x.shape for x in i), plain(n, i))[1])
+    asked = Benchmark("coco30k-256-bicubic-clean-first4", tuple(Entry(str(p)) for p in range(4)), 1, {"features": "colours"})
+    real = tmp_path / "real"
+    real.mkdir()
+    for i in range(4):
+        Image.fromarray(np.full((40, 30 + i, 3), 9 * i, dtype=np.uint8)).save(real / f"{i}.jpg")
+    folder = made_set(tmp_path / "c", asked)
+    record, _ = scoring.run(image_sets.read(folder), scoring.Wanted(reference=real))  # the network is the protocol's
+    assert set(seen) == {(256, 256, 3)} and len(seen) == 8 and "frechet" in record["metrics"]["colours"]["table"]
+
+
+def test_the_networks_that_protocols_name_are_there() -> None:
+    assert {how.features for how in coco.PROTOCOLS.values()} <= set(adapters.FEATURES)
+
+
+# --- the record
+
+
+def test_scores_of_other_images_do_not_stay(measures: None, tmp_path: Path) -> None:
+    asked = Benchmark("own", (Entry("a"), Entry("b")), 1, {})
+    folder = made_set(tmp_path / "own", asked)
+    scoring.run(image_sets.read(folder), scoring.Wanted(metrics=("redness",)))
+    record = scores.begin(image_sets.read(folder))
+    assert list(record["metrics"]) == ["redness"]  # the same images: a second metric joins the first
+    image_sets.put(folder, asked, 1, 0, np.full((4, 4, 3), 200, dtype=np.uint8))
+    assert scores.begin(image_sets.read(folder))["metrics"] == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2},
+        {"name": None},
+        {"metrics": {"x": {"kind": "score", "values": [[1.0]]}}},
+        {"categories": 3},
+        {"benchmark": {}},
+    ],
+)
+def test_damaged_scores_are_refused(measures: None, tmp_path: Path, change: dict) -> None:
+    folder = made_set(tmp_path / "own", Benchmark("own", (Entry("a"), Entry("b")), 1, {}))
+    scoring.run(image_sets.read(folder), scoring.Wanted(metrics=("redness",)))
+    path = folder / scores.FILE
+    record = {k: v for k, v in (json.loads(path.read_text()) | change).items() if v is not None}
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="damaged or of another version"):
+        scores.read(folder)
+
+
+def test_a_score_that_is_no_number_is_no_score() -> None:
+    with pytest.raises(ValueError, match=r"00001/samples/0000\.png is no finite number"):
+        scores.single("x", "score", np.array([[1.0], [np.nan]]), ["", ""], {})
+
+
+def test_tens_of_thousands_of_prompts_take_fewer_draws() -> None:
+    assert [scores.draws_of(n) for n in (1, 553, 5_000, 30_000)] == [10_000, 10_000, 4_000, 1_000]
+
+
+def test_the_guide_names_every_protocol_and_shows_this_versions_hashes() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in text for name in evaluation.NAMES)
+    assert f"shapes-strict {builtin.shapes('strict', 12, 2).hash[:12]}" in text
+    assert f"world, {len(builtin.shapes('strict').entries)} x {builtin.SEEDS} |" in text
+
+
+# --- what cannot be asked
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["bundled"], "--protocol is missing; one of shapes-strict"),
+        (["bundled", "--protocol", "genevall"], "did you mean geneval?"),
+        (["nowhere", *SHAPES], "nowhere does not exist"),
+        (["bundled", *SHAPES, "--batch", "0"], "--batch must be at least 1"),
+        (["bundled", *SHAPES[:-1], "0"], "seeds must be 1 to 1000"),
+        (["bundled", "--protocol", "parti", "--prompts", "none.tsv"], "none.tsv does not exist"),
+    ],
+)
+def test_wrong_words_end_in_one_line(call: Call, words: list[Any], said: str) -> None:
+    code, out, err = call("eval", *words)
+    assert code == 2 and said in err and err.count("\n") == 1 and out == "" and not Path("runs").exists()
+
+
+def test_detections_do_not_go_with_other_prompts(call: Call, tmp_path: Path) -> None:
+    folder = made_set(tmp_path / "own", Benchmark("own", (Entry("a"),), 1, {}))
+    assert "do not say what to look for" in call("eval", folder, "--detections", tmp_path / "d.jsonl")[2]
+    code, out, _ = call("eval", folder)
+    assert code == 1 and "nothing reads own by itself" in out
+
+
+def test_names_of_arms_become_one_part_of_a_path() -> None:
+    assert evaluation._plain("../../a b/c") == "_.._a_b_c" and evaluation._plain("..") == "arm"
+    assert len(evaluation._plain("x" * 500)) == 80
+    how = evaluation.Sampling(steps=8, guidance_scale=2.5)
+    from fewstep.serve.engine import open_engine
+
+    contract = open_engine("bundled").contract
+    assert evaluation._name(contract, how) == "student_4-8steps-g2.5"
+    assert evaluation._name(contract, replace(how, steps=4, guidance_scale=1.0)) == "student_4"
