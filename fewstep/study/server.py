@@ -247,7 +247,7 @@ def _personal(made: FastAPI, desk: Desk) -> None:
         assignment: Number,
         seq: Number,
         side: Annotated[Literal["left", "right", "tie", "both_bad"], Form()],
-        rt_ms: Annotated[str, Form(pattern=r"^\d{0,9}$")] = "",
+        rt_ms: Annotated[str, Form(pattern=r"^[0-9]{0,9}$")] = "",
         zoomed: Annotated[Literal["0", "1"], Form()] = "0",
         viewport: Viewport = "unknown",
     ) -> Response:
