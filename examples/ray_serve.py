@@ -4,15 +4,11 @@ pip install 'fewstep[web,ray]'
 python examples/ray_serve.py
 """
 
-import os
-
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
-
-from ray import serve
-
 from fewstep.serve.ray_app import deployment, start
 from fewstep.serve.service import Settings
 
 if __name__ == "__main__":
-    start(port=8188)
+    start(port=8188)  # before Ray is imported: it tells it to report nothing and to keep to this machine
+    from ray import serve
+
     serve.run(deployment({"shapes-4step": "bundled"}, Settings(queue=32), replicas=2), blocking=True)

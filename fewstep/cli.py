@@ -10,7 +10,7 @@ from collections.abc import Callable
 import tyro
 from safetensors import SafetensorError
 
-from fewstep.commands import distil, models
+from fewstep.commands import distil, evaluation, generate, models, serve, study, tables
 from fewstep.recipes import RECIPES
 
 app = tyro.extras.SubcommandApp()
@@ -26,10 +26,19 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     models.lora_check,
     models.encoders,
     models.export,
+    generate.generate,
+    generate.replay,
+    serve.serve,
+    evaluation.eval_,
+    evaluation.compare,
+    tables.measure,
+    tables.tables,
+    tables.browse,
     distil.doctor,
 )
 for command in COMMANDS:
-    app.command(name=command.__name__.replace("_", "-"))(command)
+    app.command(name=command.__name__.strip("_").replace("_", "-"))(command)
+app.command(study.app, name="study", help="A blind study with people: plan, serve, links, report, export, import.")
 
 
 def main() -> None:

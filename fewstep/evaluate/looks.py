@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
+FOLDER = "browser"  # of a run's sheets, in its folder
 ENDING, TEACHER = ".sheet.png", "teacher.sheet.png"
 KEY = "fewstep"  # of the text chunk
 LARGE = 256  # pixels of a side, from which on fewer images are kept

@@ -13,7 +13,7 @@ from fewstep.engine.checkpoint import whole_folder
 from fewstep.engine.precision import fast_dtype
 from fewstep.flow import Velocity
 from fewstep.models import adapters, eight_bit, roles, sd3
-from fewstep.recipes import assess, material, students
+from fewstep.recipes import assess, browser, material, students
 from fewstep.recipes.layout import FOLDER, METRICS, PROXY, timed
 from fewstep.recipes.pipeline import Distillation
 from fewstep.recipes.sd35 import SOURCES
@@ -228,9 +228,10 @@ def _whole(images: int, batch: int) -> int:
 
 
 def _evaluate(pipeline: Distillation, out: Path, teacher: Teacher) -> Path:
-    """All arms on the report prompts, and the report."""
+    """The pictures of all steps, all arms on the report prompts, and the report."""
     made: dict[artifact.Kind, str] = {"student_trajectory": "student_trajectory"}
     if not idle(pipeline):  # else it is the student
         made["student_distribution"] = "student_distribution"
     made["student"] = pipeline.student_name
+    browser.write(pipeline, out, teacher)
     return assess.report(pipeline, material.own_prompts(pipeline, out), out, teacher, made)

@@ -55,7 +55,7 @@ def measure(folder: Path, source: export.Source, runs: int, threads: int | None 
         openvino.silent()
     for library in opened.libraries(record):
         importlib.import_module(library)
-    base, start = _peak(), time.perf_counter()
+    base, start = peak(), time.perf_counter()
     if record.kind == "export":
         network = opened.velocity(folder, record, source, threads)
     else:
@@ -75,7 +75,7 @@ def measure(folder: Path, source: export.Source, runs: int, threads: int | None 
         "p5_s": float(p5),
         "p50_s": float(p50),
         "p95_s": float(p95),
-        "peak_mib": _peak() / MIB,
+        "peak_mib": peak() / MIB,
         "base_mib": base / MIB,
     }
 
@@ -105,7 +105,7 @@ def alone(folder: Path, source: export.Source, runs: int, scratch: Path) -> dict
     return found
 
 
-def _peak() -> float:
+def peak() -> float:
     """The most memory that this process has had, in bytes; where the system does not tell, what it has now."""
     status = Path("/proc/self/status")
     if status.exists():

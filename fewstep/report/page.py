@@ -25,6 +25,7 @@ from fewstep.report.numbers import CEILING, DISTRIBUTION, TRAJECTORY, baseline_o
 from fewstep.worlds.shapes.grammar import TASKS
 
 EVALUATION = "evaluation"  # folder of the outcomes inside a run's folder
+BROWSER = "browser.html"  # see `report.browser`
 FAILURES, SUCCESSES = 18, 6  # prompts shown
 TASK_NAMES = {task: task.replace("_", " ") for task in TASKS} | {"overall": "overall", "all": "all"}
 
@@ -96,11 +97,12 @@ def template(name: str) -> Template:
 
 
 def training(data: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
-    """What `training.html` shows: looks at the student's health, and curves."""
+    """What `training.html` shows, looks at the student's health and curves; and the page of its pictures, if there is one."""
     return {
         "health": [_marked(condition.show(run_dir, record)) for record in data["health"]],
         "bands_origin": health.origin(),
         "curves": [Markup(svg) for svg in stage_curves(run_dir / "metrics.jsonl")],
+        "browser": BROWSER if (run_dir / BROWSER).is_file() else "",
     }
 
 

@@ -22,6 +22,7 @@ from fewstep.engine.config import to_dict
 from fewstep.engine.ema import EMA
 from fewstep.engine.log import Metrics
 from fewstep.engine.precision import fast_dtype
+from fewstep.evaluate import looks
 from fewstep.evaluate.distances import energy_distance
 from fewstep.flow import Velocity, x0_from_velocity
 from fewstep.grids import shifted_grid
@@ -191,6 +192,32 @@ def strip(held_out: HeldOut, x0: Tensor, proxy: Velocity | None, path: Path) -> 
     partial.replace(path)
 
 
+def sheets(held_out: HeldOut, x0: Tensor, path: Path) -> None:
+    """Keep the images of a look, prompts x seeds, for whoever goes through a run; the teacher's beside the first ones.
+
+    Args:
+        held_out: what was asked.
+        x0: (K, 16, H, W) the student's samples.
+        path: of the sheet (`evaluate.looks`).
+    """
+    if not ranks.first():
+        return
+    of_teacher = path.with_name(looks.TEACHER)
+    for at, samples in ((path, x0), (of_teacher, held_out.stored.x[:, -1])):
+        if at == path or not at.exists():
+            images, texts = shown(held_out, samples)
+            looks.write(at, images, texts)
+
+
+@torch.no_grad()
+def shown(held_out: HeldOut, samples: Tensor) -> tuple[np.ndarray, list[str]]:
+    """The images of a sheet (P, S, 8H, 8W, 3) among all samples (K, 16, H, W), and their P prompts."""
+    prompts, seeds = looks.kept(len(samples) // held_out.seeds, held_out.seeds, 8 * samples.shape[-1])
+    chosen = samples.unflatten(0, (-1, held_out.seeds))[:prompts, :seeds]
+    images = held_out.decode(chosen.flatten(0, 1))
+    return images.reshape(prompts, seeds, *images.shape[1:]), held_out.stored.prompts[:: held_out.seeds][:prompts]
+
+
 class Watcher:
     """Looks at a refinement now and then, judges what it sees, and acts as the settings say.
 
@@ -247,6 +274,7 @@ class Watcher:
         flat |= {f"{PROXY}/{name}": value for name, value in roles.Trained(proxy).state_dict().items()}
         self.record.close_look({"images": seen, **figures}, flat)
         strip(self.held_out, x0, knows, self.held_out.pictures / f"{self.stage}-{seen:07d}.png")
+        sheets(self.held_out, x0, self.held_out.pictures.with_name(looks.FOLDER) / looks.file_name(self.stage, seen))
         self.rolled_back = self._act(seen, averages, proxy)
         if self.rolled_back:
             figures["rolled_back_to"] = self.nearest()["images"]

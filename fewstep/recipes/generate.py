@@ -1,0 +1,238 @@
+"""`fewstep generate` and `fewstep replay`: images into a folder, each of which can be made again from its own file."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fewstep.data import prompt_files
+from fewstep.engine import artifact
+from fewstep.engine.log import Progress
+from fewstep.report import gallery
+from fewstep.serve import opening, png
+from fewstep.serve.engine import Ask, Engine, Made, open_engine
+
+BATCH, MOST_PROMPTS, SLUG = 8, 100_000, 48
+DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
+
+
+@dataclass
+class Drawn:
+    """What a command drew.
+
+    Attributes:
+        paths: of all images that were asked for, in their order.
+        new: how many of them were drawn now.
+        seconds: of drawing, altogether.
+        parts: seconds an image of text, denoising and decoding.
+        warnings: departures from the contract, each once.
+        log: the day's page; None where nothing was drawn.
+    """
+
+    paths: list[Path]
+    new: int = 0
+    seconds: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    log: Path | None = None
+
+
+def prompts_of(prompt: str, file: str, stdin: TextIO) -> list[str]:
+    """Prompts of a command, each once: the one that is given, those of a file, or the lines of the standard input ("-").
+
+    Raises:
+        ValueError: none, or more than can be meant.
+    """
+    if bool(prompt.strip()) == bool(file):
+        raise ValueError('give a prompt, such as fewstep generate "a red circle", or --prompts FILE (- is the standard input)')
+    if not file:
+        return [prompt]
+    lines = [line.strip() for line in stdin] if file == "-" else [line.text for line in prompt_files.read(Path(file))]
+    found = list(dict.fromkeys(filter(None, lines)))
+    if not found:
+        raise ValueError("no prompt came from the standard input: write one a line")
+    if len(found) > MOST_PROMPTS:
+        raise ValueError(f"{len(found):,} prompts: give at most {MOST_PROMPTS:,} at once")
+    return found
+
+
+def size_of(text: str) -> tuple[int | None, int | None]:
+    """Width and height of "512x768" or "512"; None of both where nothing is said.
+
+    Raises:
+        ValueError: neither.
+    """
+    if not text:
+        return None, None
+    match = re.fullmatch(r"(\d{1,5})(?:[xX](\d{1,5}))?", text.strip())
+    if match is None:
+        raise ValueError(f"--size {text}: give WIDTHxHEIGHT in pixels, such as 512x768, or one side of a square")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def draw(
+    engine: Engine, asks: Sequence[Ask], out: Path, *, batch: int = BATCH, told: bool = True, today: str | None = None
+) -> Drawn:
+    """Draw into a folder for each day, beside the day's page; images that are there with the same settings are not drawn.
+
+    Args:
+        engine: what draws.
+        asks: images.
+        out: the folder of the days' folders.
+        batch: images at once.
+        told: whether an image says how it was made.
+        today: name of the day's folder, such as 2026-01-31.
+
+    Raises:
+        ValueError: an image that cannot be drawn; nothing was.
+        OSError: a full disk; every image that is there is whole.
+    """
+    if batch < 1:
+        raise ValueError(f"--batch {batch}: give 1 or more")
+    settled = {file_name(ask, engine): (ask, said) for ask, said in map(engine.resolve, asks)}
+    there = {path.name: path for day in days(out) for path in day.glob("*.png")}
+    missing = [name for name in settled if name not in there]
+    folder = out / (today or datetime.date.today().isoformat())
+    around, start = png.environment(engine.contract.dtype, engine.device), time.perf_counter()
+    progress, rows = Progress("images", len(missing)), []
+    made: list[Made] = []
+    for first in range(0, len(missing), batch):
+        names = missing[first : first + batch]
+        drawn = engine.draw([settled[name][0] for name in names])
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, one in zip(names, drawn, strict=True):
+            png.write(folder / name, one, engine.contract, around if told else None)
+            there[name] = folder / name
+        rows = [_row(name, one, engine) for name, one in zip(names, drawn, strict=True)]
+        gallery.append(folder, rows)
+        made += [one._replace(image=one.image[:0]) for one in drawn]
+        progress.show(first + len(names))
+    warnings = tuple(dict.fromkeys(text for _, said in settled.values() for text in said))
+    seconds = time.perf_counter() - start
+    parts = {part: float(np.mean([one.seconds[part] for one in made])) for part in (made[0].seconds if made else ())}
+    log = gallery.write(folder) if made else None
+    return Drawn([there[name] for name in settled], len(made), seconds, parts, warnings, log)
+
+
+def days(out: Path) -> list[Path]:
+    """Folders of days, the newest first."""
+    found = [path for path in out.iterdir() if DAY.fullmatch(path.name) and path.is_dir()] if out.is_dir() else []
+    return sorted(found, reverse=True)
+
+
+def file_name(ask: Ask, engine: Engine) -> str:
+    """A name that is safe in any folder: words of the prompt, the seed, and a hash of all that makes the image."""
+    words = "-".join(re.findall(r"[a-z0-9]+", ask.prompt.lower()))[:SLUG].strip("-") or "image"
+    made_by = {"weights": engine.contract.weights, "dtype": engine.contract.dtype, "grid": engine.grid(ask.steps or 0)}
+    settings = {"ask": asdict(ask), **made_by}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return f"{words}-{ask.seed}-{digest[:8]}.png"
+
+
+def _row(name: str, made: Made, engine: Engine) -> dict[str, Any]:
+    return {
+        "file": name,
+        "at": datetime.datetime.now().strftime("%H:%M:%S"),
+        "ask": asdict(made.ask),
+        "model": engine.contract.name,
+        "weights": engine.contract.weights[:12],
+        "seconds": round(sum(made.seconds.values()), 4),
+        "warnings": list(made.warnings),
+    }
+
+
+def effective(engine: Engine, ask: Ask) -> str:
+    """What is drawn with, in a line."""
+    c, grid = engine.contract, engine.grid(ask.steps or 0)
+    times = ", ".join(f"{t:g}" for t in grid[:-1]) if len(grid) <= 9 else f"{grid[0]:g} to {grid[-2]:.3g}"
+    how = f"{ask.steps} steps from t = {times}; guidance {ask.guidance_scale:g}; {ask.width}x{ask.height}"
+    return f"{c.name} ({c.kind}, {c.weights[:12]}): {how}; {c.dtype} on {engine.device}"
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """An image and the same drawn again.
+
+    Attributes:
+        told: the file.
+        again: what was drawn now.
+        largest: difference of a value, of 255.
+        differing: values that differ.
+        changed: what of the environment is another one: (name, there, here).
+        edited: the file's pixels are not those that were drawn.
+    """
+
+    told: png.Told
+    again: NDArray[np.uint8]
+    largest: int
+    differing: int
+    changed: list[tuple[str, str, str]]
+    edited: bool
+
+
+def replay(path: Path, model: str | None = None, teacher: Path | None = None, base: Path | None = None) -> Replayed:
+    """Draw an image again from what its file says.
+
+    Args:
+        path: an image of `fewstep generate`, or of the server.
+        model: the model's folder; the bundled ones are known by their hash.
+        teacher, base: as in `open_engine`.
+
+    Raises:
+        ValueError: the file does not say how it was made, another model, or settings that cannot be drawn.
+    """
+    told = png.read(path)
+    dtype = told.environment.get("dtype", "")
+    dtype = dtype if dtype in opening.DTYPES else "auto"
+    engine = open_engine(model or _bundled(told), teacher=teacher, base=base, dtype=dtype)
+    if engine.contract.weights != told.weights:
+        raise ValueError(
+            f"{path} was drawn by {told.model} ({told.weights[:12]}), not by {engine.contract.name} "
+            f"({engine.contract.weights[:12]}): give its folder with --model"
+        )
+    ask, _ = engine.resolve(told.ask)
+    if engine.grid(ask.steps or 0) != told.grid:
+        raise ValueError(f"{path} was drawn on another grid than this model's: {', '.join(f'{t:g}' for t in told.grid[:9])}")
+    again = engine.draw([ask])[0].image
+    apart = np.abs(again.astype(np.int16) - told.image.astype(np.int16))
+    here = png.environment(engine.contract.dtype, engine.device)
+    changed = [(key, told.environment[key], here[key]) for key in here if told.environment.get(key, here[key]) != here[key]]
+    edited = bool(told.pixels) and told.pixels != png.hash_of(told.image)
+    return Replayed(told, again, int(apart.max()), int((apart > 0).sum()), changed, edited)
+
+
+def show(found: Replayed) -> str:
+    """The verdict, as printed."""
+    size = f"{found.told.image.shape[1]}x{found.told.image.shape[0]}"
+    who = f"{found.told.model}, seed {found.told.ask.seed}, {found.told.ask.steps} steps, {size}"
+    if not found.largest:
+        return f"the same: all {found.told.image.size:,} values agree ({who})"
+    share = 100 * found.differing / found.told.image.size
+    lines = [f"largest difference {found.largest} of 255, {share:.2g} % of values differ ({who})"]
+    if found.edited:
+        lines.append("the file's pixels are not those that were drawn: it was edited or saved again")
+    elif found.changed:
+        lines += ["what is another one here than where it was drawn:"]
+        lines += [f"  {name}: {there} there, {here} here" for name, there, here in found.changed]
+    elif found.told.environment:
+        lines.append("versions, type, device and threads are the same; nothing else is known of where it was drawn")
+    else:
+        lines.append("the file does not say what it was drawn with")
+    return "\n".join(lines)
+
+
+def _bundled(told: png.Told) -> str:
+    for name, folder in opening.NAMES.items():
+        if artifact.read(folder).weights == told.weights:
+            return name
+    raise ValueError(f"it was drawn by {told.model} ({told.weights[:12]}), which is not a bundled model: give --model DIR")

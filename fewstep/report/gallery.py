@@ -1,0 +1,55 @@
+"""A day's images on a page: newest first, each with what it was made with. Prompts are anyone's words and are escaped.
+
+The page is written from `log.jsonl`, to which lines are only added: two commands at once lose nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fewstep.report import page
+
+LINES, PAGE = "log.jsonl", "log.html"
+SHOWN = 2000  # images on a page
+NAME = re.compile(r"[a-z0-9-]{1,120}\.png")  # the only names that are shown: nothing in them needs to be escaped
+ASK = {"prompt", "seed", "negative_prompt", "steps", "guidance_scale", "width", "height"}
+
+
+def append(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add images to a day: "file", "at", "ask" (the fields of an `Ask`), "model", "weights", "seconds", "warnings"."""
+    text = "\n" + "".join(json.dumps(row) + "\n" for row in rows)  # the line before may have been cut off
+    with (folder / LINES).open("ab", buffering=0) as file:
+        file.write(text.encode())
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """Images of a day whose file is there, newest first, each once; a line cut off by a kill is left out."""
+    found: dict[str, dict[str, Any]] = {}
+    lines = (folder / LINES).read_bytes().splitlines() if (folder / LINES).is_file() else []
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+            name, whole = str(row["file"]), row.keys() >= {"at", "model", "weights", "seconds", "warnings"}
+            whole = whole and row["ask"].keys() >= ASK
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            continue
+        if whole and name not in found and NAME.fullmatch(name) and (folder / name).is_file():
+            found[name] = row
+    return list(found.values())
+
+
+def write(folder: Path) -> Path:
+    """Write the day's page, whole or not at all; returns its path."""
+    rows = read(folder)
+    html = page.template("gallery.html").render(
+        data={"name": folder.name}, rows=rows[:SHOWN], more=max(0, len(rows) - SHOWN)
+    )
+    path, partial = folder / PAGE, folder / f"{PAGE}.{os.getpid()}.partial"
+    partial.write_text(html, encoding="utf-8")
+    os.replace(partial, path)
+    return path

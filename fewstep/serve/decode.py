@@ -1,0 +1,91 @@
+"""Latents to pixels: whole or in tiles, the same in any batch, and cheap previews of images on their way.
+
+A preview of a small image is the real decoder's. Of a large one it is a linear map of each latent position to one colour,
+fitted once by least squares to the decoder itself on latents of the model's own: blurred, an eighth of the size, free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fewstep.models import sd3
+
+WHOLE = 1024 * 1024  # pixels of an image above which it is decoded in tiles: whole, these take 2 GiB in 16 bits
+REAL_PREVIEW = 128 * 128  # pixels up to which a preview is decoded by the real decoder
+FITTED = 16  # latent positions along the sides of what the linear map is fitted on
+
+
+@torch.no_grad()
+def pixels(vae: Any, x0: Tensor) -> Tensor:
+    """Latents (B, 16, H, W), scaled, to pixels (B, 3, 8H, 8W), nominally in [-1, 1], float32 on the CPU.
+
+    On a CPU one image at a time: how a convolution is divided among threads, and so its last bits, depends on how many there
+    are. Above `WHOLE` pixels in tiles, whose borders are blended.
+    """
+    tiled = 64 * x0.shape[-1] * x0.shape[-2] > WHOLE
+    (vae.enable_tiling if tiled else vae.disable_tiling)()
+    parts = x0.split(1 if vae.device.type == "cpu" else len(x0))
+    try:
+        return torch.cat([sd3.decode(SimpleNamespace(vae=vae), part) for part in parts])
+    finally:
+        vae.disable_tiling()
+
+
+def channels_last(vae: Any) -> None:
+    """The order of numbers in memory that convolutions are fastest with on a CPU."""
+    if vae.device.type == "cpu":
+        vae.to(memory_format=torch.channels_last)
+
+
+def to_uint8(pixels: Tensor) -> NDArray[np.uint8]:
+    """(B, 3, H, W), nominally in [-1, 1], to (B, H, W, 3)."""
+    made: NDArray[np.uint8] = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return made
+
+
+class Preview:
+    """Pictures of data predictions on their way.
+
+    Args:
+        decode: the real decoder, latents to pixels.
+    """
+
+    def __init__(self, decode: Callable[[Tensor], Tensor]) -> None:
+        self._decode = decode
+        self._map: Tensor | None = None
+
+    def __call__(self, x0: Tensor) -> NDArray[np.uint8]:
+        """Latents (B, 16, H, W) to (B, 8H, 8W, 3), or (B, H, W, 3) where they are large."""
+        if 64 * x0.shape[-1] * x0.shape[-2] <= REAL_PREVIEW:
+            return to_uint8(self._decode(x0))
+        if self._map is None:
+            self._map = fit(self._decode, x0)
+        return to_uint8(torch.einsum("bchw,cd->bdhw", x0, self._map[:-1]) + self._map[-1].reshape(1, 3, 1, 1))
+
+
+@torch.no_grad()
+def fit(decode: Callable[[Tensor], Tensor], x0: Tensor) -> Tensor:
+    """The linear map (17, 3) from a latent position to the mean colour of its 8 x 8 pixels; the last row is the offset.
+
+    Args:
+        decode: latents to pixels.
+        x0: (B, 16, H, W) latents; a middle part of a few of them, and noise around their mean, is what it is fitted on.
+    """
+    side = min(FITTED, *x0.shape[-2:])
+    top, left = (x0.shape[-2] - side) // 2, (x0.shape[-1] - side) // 2
+    own = x0[:4, :, top : top + side, left : left + side]
+    mean, spread = own.mean((0, 2, 3), keepdim=True), own.std((0, 2, 3), keepdim=True)
+    made = mean + spread * torch.randn(4, *own.shape[1:], generator=torch.Generator().manual_seed(0))
+    smooth = nn.functional.interpolate(nn.functional.avg_pool2d(made, 4), scale_factor=4) if side % 4 == 0 else made
+    latents = torch.cat([own, smooth])
+    colours = nn.functional.avg_pool2d(decode(latents), 8).permute(0, 2, 3, 1).reshape(-1, 3)
+    rows = latents.permute(0, 2, 3, 1).reshape(len(colours), -1)
+    return torch.linalg.lstsq(torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1), colours).solution
+

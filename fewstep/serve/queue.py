@@ -1,0 +1,357 @@
+"""The line in front of one model: who waits, what is drawn together, and what happens when a client leaves or a worker dies.
+
+Everything here runs on one event loop, so no state is ever half changed between two awaits. Ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fewstep.serve import contract as contracts
+from fewstep.serve.contract import Ask, Contract, Made
+
+StepCall = Callable[[int, int, NDArray[np.uint8]], None]  # step from 1, steps, images
+
+LOG = logging.getLogger("fewstep.serve")
+TRIES = 2  # of an image whose worker died: the second one alone, so that it takes no other with it
+LONGEST_WAIT_S = 120  # that Retry-After names
+LONGEST_PAUSE_S = 30.0  # between attempts to start a worker
+MEMORY = 0.3  # weight of the last batch in the rate
+
+
+class Full(Exception):
+    """The line has no room; `retry_after` seconds is about how long it takes to clear."""
+
+    def __init__(self, waiting: int, retry_after: int) -> None:
+        super().__init__(f"{waiting} images are waiting")
+        self.waiting, self.retry_after = waiting, retry_after
+
+
+class Died(Exception):
+    """The worker ended in the middle."""
+
+
+class Stopped(Exception):
+    """Nobody wants the batch any more."""
+
+
+class Down(Exception):
+    """No worker can be started."""
+
+
+class TooLate(Exception):
+    """The request's time is over."""
+
+
+class Hand(Protocol):
+    """What draws: an engine in this process, or one in a process of its own (`workers`)."""
+
+    def alive(self) -> bool:
+        """Whether it can draw now."""
+        ...
+
+    async def start(self) -> Contract:
+        """Open the model, again if it died. Raises ValueError or Died."""
+        ...
+
+    async def draw(
+        self, asks: Sequence[Ask], watched: Sequence[int], on_step: StepCall, stop: asyncio.Event
+    ) -> list[Made]:
+        """As the engine's; `on_step` gets the images of the asks at `watched`. Raises Died or Stopped."""
+        ...
+
+    async def gone(self) -> None:
+        """Return when it died."""
+        ...
+
+    async def close(self) -> None:
+        """End it."""
+        ...
+
+
+@dataclass(eq=False)
+class Job:
+    """One image that somebody waits for."""
+
+    ask: Ask
+    made: asyncio.Future[Made]
+    on_step: StepCall | None = None
+    since: float = field(default_factory=time.monotonic)
+    waited: float = 0.0
+    tries: int = 0
+    batch: Batch | None = None
+
+    def fits(self, other: Job) -> bool:
+        """Whether both may be drawn in one batch."""
+        first, second = self.ask, other.ask
+        same = (first.width, first.height, first.steps, first.guidance_scale) == (
+            second.width,
+            second.height,
+            second.steps,
+            second.guidance_scale,
+        )
+        return self is other or (same and not self.tries and not other.tries)
+
+
+@dataclass(eq=False)
+class Batch:
+    """Images that are drawn together; `stop` is set when all their clients left."""
+
+    jobs: list[Job]
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    step: int = 0
+    steps: int = 0
+
+    @property
+    def watched(self) -> list[int]:
+        """Positions of the jobs that want to see every step."""
+        return [i for i, job in enumerate(self.jobs) if job.on_step is not None]
+
+    def on_step(self, step: int, steps: int, images: NDArray[np.uint8]) -> None:
+        """Hand the images of a step, (watched, H, W, 3), to those who watch."""
+        self.step, self.steps = step, steps
+        for image, i in zip(images, self.watched, strict=True):
+            job = self.jobs[i]
+            if job.on_step is not None and not job.made.done():
+                job.on_step(step, steps, image)
+
+
+class Line:
+    """A bounded line of images for one model, and the workers at its end.
+
+    Args:
+        name: of the model.
+        hands: its workers, at least one.
+        bound: images that may wait; more are refused with `Full`.
+        batch: images that are drawn together at most.
+        wait_s: how long a batch that is not full waits for more.
+        on_batch: told of every batch: images, seconds.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        hands: Sequence[Hand],
+        *,
+        bound: int = 64,
+        batch: int = 8,
+        wait_s: float = 0.005,
+        on_batch: Callable[[list[Made], float], None] | None = None,
+    ) -> None:
+        self.name, self.hands, self.bound, self.largest, self.wait_s = name, list(hands), bound, batch, wait_s
+        self.on_batch = on_batch or (lambda made, seconds: None)
+        self.contract: Contract | None = None
+        self.running: list[Batch] = []
+        self.restarts = 0
+        self.broken = ""  # why no worker starts
+        self.rate = 0.0  # images a second of one worker
+        self._waiting: deque[Job] = deque()
+        self._arrived, self._turn = asyncio.Event(), asyncio.Lock()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> Contract:
+        """Start the workers; the contract is the first one's.
+
+        Raises:
+            ValueError: the model cannot be opened.
+        """
+        if self.contract is None:
+            try:
+                self.contract = (await asyncio.gather(*(hand.start() for hand in self.hands)))[0]
+            except BaseException:
+                await asyncio.gather(*(hand.close() for hand in self.hands), return_exceptions=True)
+                raise
+            self._tasks = [asyncio.create_task(self._work(hand)) for hand in self.hands]
+        return self.contract
+
+    async def close(self) -> None:
+        """End the workers; whoever still waits is refused."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._refuse_all(Down("the server is stopping"))
+        await asyncio.gather(*(hand.close() for hand in self.hands))
+
+    @property
+    def depth(self) -> int:
+        """Images that wait."""
+        return len(self._waiting)
+
+    def alive(self) -> int:
+        """Workers that can draw now."""
+        return sum(hand.alive() for hand in self.hands)
+
+    def retry_after(self) -> int:
+        """Seconds until what waits now is drawn, at the rate of the last batches; 1 to `LONGEST_WAIT_S`."""
+        busy = sum(len(batch.jobs) for batch in self.running)
+        rate = self.rate * max(1, self.alive())
+        return min(LONGEST_WAIT_S, max(1, math.ceil((self.depth + busy) / rate))) if rate else 1
+
+    def room_for(self, images: int) -> None:
+        """Raise Full or Down where that many images may not join."""
+        if self.broken and not self.alive():
+            raise Down(self.broken)
+        if self.depth + images > self.bound:
+            raise Full(self.depth, self.retry_after())
+
+    def resolve(self, ask: Ask) -> tuple[Ask, tuple[str, ...]]:
+        """What an ask means to this model, every field filled, and departures from its contract in words.
+
+        Raises:
+            ValueError: impossible, with the fix.
+        """
+        if self.contract is None:
+            raise Down(f"{self.name} is not open yet")
+        return contracts.resolve(self.contract, ask)
+
+    def put(self, asks: Sequence[Ask], on_step: StepCall | None = None) -> list[Job]:
+        """Let images join the line, all of them or none. Raises Full or Down."""
+        self.room_for(len(asks))
+        loop = asyncio.get_running_loop()
+        jobs = [Job(ask, loop.create_future(), on_step) for ask in asks]
+        self._waiting.extend(jobs)
+        self._arrived.set()
+        return jobs
+
+    async def collect(self, jobs: Sequence[Job], timeout_s: float) -> list[Made]:
+        """Wait for images; however this ends, nothing of them stays behind.
+
+        Raises:
+            TooLate: the time is over.
+            Died: the worker died twice on one of them.
+            Down: no worker can be started.
+            RuntimeError: the engine failed twice on one of them.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                return [await job.made for job in jobs]
+        except TimeoutError:
+            raise TooLate(f"not done within {timeout_s:g} s") from None
+        finally:
+            self.drop(jobs)
+
+    def drop(self, jobs: Sequence[Job]) -> None:
+        """Forget images: those in line leave it, and a batch that nobody waits for is stopped."""
+        for job in jobs:
+            if job.made.done():
+                if not job.made.cancelled():
+                    job.made.exception()  # an error that nobody fetched would be logged as lost
+            else:
+                job.made.cancel()
+            if job in self._waiting:
+                self._waiting.remove(job)
+            if job.batch is not None and all(other.made.done() for other in job.batch.jobs):
+                job.batch.stop.set()
+
+    async def _take(self) -> Batch:
+        """The first in line with all that fit it, after a short wait for more of them."""
+        async with self._turn:
+            waited_since: float | None = None
+            while True:
+                self._arrived.clear()
+                if self._waiting:
+                    first = self._waiting[0]
+                    chosen = [job for job in self._waiting if first.fits(job)][: self.largest]
+                    waited_since = waited_since or time.monotonic()
+                    left = self.wait_s - (time.monotonic() - waited_since)
+                    if len(chosen) == self.largest or left <= 0 or first.tries:
+                        break
+                else:
+                    waited_since, left = None, 0.0
+                try:
+                    await asyncio.wait_for(self._arrived.wait(), left or None)
+                except TimeoutError:
+                    continue
+            batch = Batch(chosen)
+            for job in chosen:
+                self._waiting.remove(job)
+                job.batch, job.waited = batch, time.monotonic() - job.since
+            return batch
+
+    async def _work(self, hand: Hand) -> None:
+        """Draw batch after batch; a worker that dies, busy or idle, is started again."""
+        while True:
+            take, gone = asyncio.create_task(self._take()), asyncio.create_task(hand.gone())
+            try:
+                await asyncio.wait({take, gone}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in (take, gone):
+                    task.cancel()
+            if take.done() and not take.cancelled():
+                await self._draw(hand, take.result())
+            if not hand.alive():
+                await self._revive(hand)
+
+    async def _draw(self, hand: Hand, batch: Batch) -> None:
+        begun = time.monotonic()
+        self.running.append(batch)
+        try:
+            made = await hand.draw([job.ask for job in batch.jobs], batch.watched, batch.on_step, batch.stop)
+        except Stopped:
+            return
+        except asyncio.CancelledError:
+            self._fail(batch.jobs, Down("the server is stopping"))
+            raise
+        except Died as died:
+            self._again(batch, died)
+        except Exception as error:  # the engine's: said in the log, and tried again as a dead worker's
+            LOG.exception("%s failed on a batch of %d", self.name, len(batch.jobs))
+            self._again(batch, RuntimeError(f"{type(error).__name__} in the engine"))
+        else:
+            seconds = time.monotonic() - begun
+            rate = len(made) / max(seconds, 1e-6)
+            self.rate = rate if not self.rate else (1 - MEMORY) * self.rate + MEMORY * rate
+            for job, image in zip(batch.jobs, made, strict=True):
+                if not job.made.done():
+                    job.made.set_result(image)
+            self.on_batch(made, seconds)
+        finally:
+            self.running.remove(batch)
+
+    def _again(self, batch: Batch, error: Exception) -> None:
+        """Back to the head of the line, in order; whoever had all tries is told."""
+        wanted = [job for job in batch.jobs if not job.made.done()]
+        for job in reversed(wanted):
+            job.tries += 1
+            job.batch = None
+            if job.tries >= TRIES:
+                self._fail([job], error)
+            else:
+                self._waiting.appendleft(job)
+        self._arrived.set()
+
+    async def _revive(self, hand: Hand) -> None:
+        pause = 0.0
+        while True:
+            self.restarts += 1
+            LOG.warning("a worker of %s has ended; it is started again", self.name)
+            try:
+                self.contract = await hand.start()
+                self.broken = ""
+                return
+            except (ValueError, OSError, Died) as error:
+                LOG.error("a worker of %s does not start: %s", self.name, error)
+                self.broken = str(error)
+                if not self.alive():
+                    self._refuse_all(Down(self.broken))
+                pause = min(LONGEST_PAUSE_S, 2 * pause or 1.0)
+                await asyncio.sleep(pause)
+
+    def _refuse_all(self, error: Exception) -> None:
+        self._fail(list(self._waiting), error)
+        self._waiting.clear()
+
+    def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
+        for job in jobs:
+            if not job.made.done():
+                job.made.set_exception(error)
