@@ -16,6 +16,8 @@ from fewstep.study.leases import Now
 from fewstep.study.store import Store
 
 WORDS = ("red square", "blue circle", "green cross", "two stars", "yellow ring", "white dot")
+REAL = Path(__file__).parent / "data/arms"
+REAL_ARMS = ("teacher_32", "teacher_4", "student_4", "student_2")  # the anchor first
 ARMS = ("teacher", "student <b>", "small", "other")
 
 
@@ -37,7 +39,20 @@ def tiny_sets(folder: Path, arms: int = 4, prompts: int = 6, seeds: int = 2, siz
 
 def tiny_study(folder: Path, clock: Callable[[], float] | None = None, arms: int = 4, **wishes: object) -> Store:
     """A planned study."""
-    sets = tiny_sets(folder / "sets", arms)
+    return planned(tiny_sets(folder / "sets", arms), folder, clock, **wishes)
+
+
+def real_study(folder: Path, **wishes: object) -> Store:
+    """A planned study of the bundled world's models.
+
+    tests/data/arms holds what `fewstep eval MODEL --protocol shapes-strict --per-task 2 --seeds 2 --steps N` drew: the bundled
+    teacher guided at 32 and 4 steps, the bundled student, and one of `shapes_2step`.
+    """
+    return planned([REAL / name for name in REAL_ARMS], folder, None, **wishes)
+
+
+def planned(sets: list[Path], folder: Path, clock: Callable[[], float] | None, **wishes: object) -> Store:
+    """A study of image sets."""
     make.make(sets, folder / "study", make.Wish(**wishes))  # type: ignore[arg-type]
     study = store.open_study(folder / "study")
     with study.engine.connect() as connection:  # the tests' disk need not survive a power cut

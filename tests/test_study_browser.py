@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study_help import tiny_study
+from study_help import real_study
 
 from fewstep.study import ballots, links, server, store
 from fewstep.study.store import Store
@@ -26,10 +26,10 @@ READY = ".ballot[data-ready], form[action$='/begin'], #code"
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Store, str]]:
-    """A study and the address of its server."""
+    """A study of teacher at 32 and 4 steps and students at 4 and 2, and the address of its server."""
     import uvicorn
 
-    study = tiny_study(tmp_path_factory.mktemp("browser"), arms=4, annotators=10, title="Which is better?", warning="Squares.")
+    study = real_study(tmp_path_factory.mktemp("browser"), per_pair=8, annotators=5, title="Which is better?", warning="Shapes.")
     made = server.app(study)
     running = uvicorn.Server(uvicorn.Config(made, port=0, log_level="warning", access_log=False))
     thread = threading.Thread(target=running.run, daemon=True)

@@ -1,0 +1,468 @@
+"""The engine: the stock pipeline's images, the same alone and in any batch, and a contract that it keeps to or says so."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from tiny import tiny_pipe, tiny_teacher
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fewstep import noise
+from fewstep.conditioning import TextCond
+from fewstep.engine import artifact
+from fewstep.grids import shift, shifted_grid
+from fewstep.models import sd3
+from fewstep.serve import decode, fast, text
+from fewstep.serve.contract import Contract, resolve
+from fewstep.serve.engine import Ask, Engine, Made, open_engine
+from fewstep.worlds.shapes import STUDENT_4, TEACHER
+
+PROMPTS = ["a red circle left of a blue square", "two green crosses", "a large yellow triangle"]
+CONTRACT = Contract("mine", "student", "0" * 64, (4,), 4, 1.0, False, 512, 512, 256, ("clip_l",), "float32", largest=768)
+
+
+@pytest.fixture(scope="module")
+def student() -> Engine:
+    return open_engine("bundled", dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Engine:
+    return open_engine("teacher", dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def made(student: Engine) -> list[Made]:
+    return student.draw([Ask(prompt, 5, k) for k, prompt in enumerate(PROMPTS)])
+
+
+def stock_images(folder: Path, steps: tuple[float, ...], scale: float, prompts: list[str], negative: str = "") -> np.ndarray:
+    """Pixels in [0, 1] by the stock pipeline, as its own documentation calls it."""
+    pipe = StableDiffusion3Pipeline.from_pretrained(folder, local_files_only=True, **dict.fromkeys(sd3.absent(folder)))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        prompts,
+        negative_prompt=[negative] * len(prompts),
+        sigmas=[float(shift(t, 1 / 3)) for t in steps[:-1]],  # the stock scheduler shifts by 3 itself
+        num_inference_steps=None,
+        guidance_scale=scale,
+        max_sequence_length=artifact.read(folder).t5_tokens,
+        latents=noise.normal((16, 8, 8), seed=5, index=range(len(prompts)), step=0),
+        height=64,
+        width=64,
+        output_type="np",
+    ).images
+
+
+def pixels_of(engine: Engine, asks: list[Ask]) -> torch.Tensor:
+    """(B, 3, H, W) in [0, 1], before they are rounded to bytes."""
+    settled = [engine.resolve(ask)[0] for ask in asks]
+    with torch.inference_mode():
+        conds = engine._conditions(settled)
+        x0 = engine._drawer.denoise(settled, engine.grid(settled[0].steps), conds, None)
+        return (engine._drawer.pixels(x0) / 2 + 0.5).clamp(0, 1)
+
+
+def test_a_students_images_are_the_stock_pipelines(student: Engine, made: list[Made]) -> None:
+    expected = stock_images(STUDENT_4, student.contract.grid, 1.0, PROMPTS)
+    found = pixels_of(student, [Ask(prompt, 5, k) for k, prompt in enumerate(PROMPTS)])
+    torch.testing.assert_close(found, torch.from_numpy(expected).permute(0, 3, 1, 2), rtol=0, atol=1e-5)
+    assert expected.std() > 0.05
+    for one, image in zip(made, expected, strict=True):
+        assert np.abs(one.image.astype(int) - np.round(255 * image)).max() <= 1
+        assert one.grid == (1.0, 0.9, 0.75, 0.5, 0.0) and one.nfe == 4 and not one.warnings
+
+
+def test_a_guided_teachers_images_are_the_stock_pipelines(teacher: Engine) -> None:
+    """Eight steps that are not its own, and a negative prompt."""
+    grid = shifted_grid(8)
+    expected = stock_images(TEACHER, grid, 2.5, PROMPTS[:2], "a blue circle")
+    asks = [Ask(prompt, 5, k, "a blue circle", 8, 2.5) for k, prompt in enumerate(PROMPTS[:2])]
+    torch.testing.assert_close(
+        pixels_of(teacher, asks), torch.from_numpy(expected).permute(0, 3, 1, 2), rtol=0, atol=1e-5
+    )
+    one = teacher.draw(asks[:1])[0]
+    assert one.grid == grid and one.nfe == 16
+
+
+def test_an_image_is_the_same_alone_and_in_any_batch(student: Engine, made: list[Made]) -> None:
+    """Bit for bit on a CPU, next to other prompts, seeds and guidance, and in another order."""
+    for one in made:
+        assert np.array_equal(student.draw([one.ask])[0].image, one.image)
+    guided = Ask(PROMPTS[0], 1, guidance_scale=2.0)
+    mixed = [guided, made[2].ask, Ask("x", 9), made[0].ask]
+    drawn = student.draw(mixed)
+    assert np.array_equal(drawn[1].image, made[2].image) and np.array_equal(drawn[3].image, made[0].image)
+    assert np.array_equal(drawn[0].image, student.draw([guided])[0].image) and drawn[0].nfe == 8
+    assert not np.array_equal(made[0].image, student.draw([replace(made[0].ask, seed=6)])[0].image)
+    assert not np.array_equal(made[0].image, student.draw([replace(made[0].ask, index=1)])[0].image)
+
+
+def test_what_is_known_of_a_prompt_is_the_same_alone_and_in_any_batch(student: Engine) -> None:
+    """Bit for bit: conditions, modulations and projected context, from encoders that have kept nothing."""
+    model = student._load()
+    text.steady(model.pipe)
+    encode, network = text.together(model.encode), fast.prepare(model.networks["all"])
+    texts = [f"{prompt} {k}" for k in range(6) for prompt in PROMPTS]  # more than are encoded at once
+    many, times = encode(texts), student.contract.grid[:-1]
+    known = fast.know(network, times, TextCond.cat(many))
+    for k in (0, 7, 16, 17):
+        (alone,) = encode(texts[k : k + 1])
+        assert torch.equal(alone.tokens, many[k].tokens) and torch.equal(alone.pooled, many[k].pooled)
+        (own,) = fast.know(network, times, alone)
+        assert torch.equal(own.context, known[k].context) and torch.equal(own.modulations, known[k].modulations)
+    plain = sd3.encode(sd3.load(STUDENT_4), texts[:2], 12)
+    torch.testing.assert_close(many[1].pooled, plain.pooled[1:], rtol=0, atol=1e-5)
+
+
+def test_images_of_several_sizes_and_steps_are_drawn_in_one_call(tmp_path: Path) -> None:
+    engine = open_engine(tiny_teacher(tmp_path / "teacher"), dtype="float32", device="cpu")
+    asks = [Ask("a", 1, steps=2), Ask("b", 2, steps=3, width=32, height=48), Ask("c", 3, steps=2)]
+    assert engine.contract.steps == () and engine.contract.guided
+    seen: list[tuple[int, int, tuple[int, ...]]] = []
+    drawn = engine.draw(asks, lambda step, steps, images: seen.append((step, steps, images.shape)))
+    assert [one.image.shape for one in drawn] == [(64, 64, 3), (48, 32, 3), (64, 64, 3)]
+    assert seen == [
+        *((k, 2, (2, 64, 64, 3)) for k in (1, 2)),
+        *((k, 3, (1, 48, 32, 3)) for k in (1, 2, 3)),
+    ]
+    assert all("made for 64x64" in one.warnings[0] for one in drawn[1:2]) and not drawn[0].warnings
+    for ask, one in zip(asks, drawn, strict=True):
+        assert np.array_equal(engine.draw([ask])[0].image, one.image)
+
+
+def test_the_last_preview_of_a_small_image_is_the_image(student: Engine) -> None:
+    shown: list[np.ndarray] = []
+    one = student.draw([Ask(PROMPTS[1], 3)], lambda step, steps, images: shown.append(images))[0]
+    assert len(shown) == 4
+    assert np.abs(shown[-1][0].astype(int) - one.image).max() <= 1  # x - t v and x + (0 - t) v, rounded apart
+    assert np.abs(shown[0][0].astype(int) - one.image).max() > 20
+
+
+def test_what_on_step_raises_ends_the_drawing_and_the_engine_draws_again(student: Engine, made: list[Made]) -> None:
+    def stop(step: int, steps: int, images: np.ndarray) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        student.draw([made[0].ask], stop)
+    assert np.array_equal(student.draw([made[0].ask])[0].image, made[0].image)
+
+
+def test_threads_that_draw_at_once_get_their_own_images(student: Engine, made: list[Made]) -> None:
+    found: dict[int, np.ndarray] = {}
+    threads = [
+        threading.Thread(target=lambda k=k: found.update({k: student.draw([made[k].ask])[0].image})) for k in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(found[k], made[k].image) for k in range(3))
+
+
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (Ask("x", 0, steps=8), "made for 4 steps"),
+        (Ask("x", 0, width=500), "a multiple of 16; the nearest is 496"),
+        (Ask("x", 0, height=1024), "up to 768 pixels; the nearest is 768"),
+        (Ask("x", 0, height=-16), "the nearest is 16"),
+        (Ask("x", -1), "seed = -1"),
+        (Ask("x", 2**63), "seed"),
+        (Ask("x", True), "seed = True"),
+        (Ask("x", 0, guidance_scale=float("nan")), "guidance_scale"),
+        (Ask("x", 0, guidance_scale="high"), "guidance_scale"),
+        (Ask("x", 0, width=64.0), "width = 64.0"),
+        (Ask("x" * 20_000, 0), "at most 10,000 characters"),
+        (Ask("\ud800", 0), "UTF-8"),
+        (Ask(None, 0), "prompt"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_with_what_can(ask: Ask, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        resolve(CONTRACT, ask)
+
+
+def test_a_teacher_takes_any_number_of_steps_within_reason() -> None:
+    free = CONTRACT._replace(kind="teacher", steps=(), guided=True, guidance_scale=4.5, default_steps=28)
+    assert resolve(free, Ask("x", 0, steps=7))[0].steps == 7
+    with pytest.raises(ValueError, match="1 to 1000"):
+        resolve(free, Ask("x", 0, steps=1_000_000_000))
+    filled, said = resolve(free, Ask("x", 0, negative_prompt="y"))
+    assert (filled.steps, filled.guidance_scale, filled.width, filled.height) == (28, 4.5, 512, 512) and said == ()
+
+
+def test_departures_are_said() -> None:
+    ask, said = resolve(CONTRACT, Ask("x", 0, guidance_scale=3, width=768))
+    assert ask.guidance_scale == 3.0 and len(said) == 2
+    assert "guidance built in" in said[0] and "made for 512x512" in said[1]
+    assert "no effect without guidance" in resolve(CONTRACT, Ask("x", 0, negative_prompt="y"))[1][0]
+
+
+def test_a_prompt_that_every_encoder_cuts_is_told(student: Engine) -> None:
+    long = " ".join(["a red circle left of a blue square"] * 20)
+    assert any("longer than any text encoder" in line for line in student.resolve(Ask(long, 0))[1])
+    assert student.resolve(Ask(PROMPTS[0], 0))[1] == ()
+
+
+def counting(made: list[list[str]], size: int = 4) -> Callable[[list[str]], list[TextCond]]:
+    def encode(texts: list[str]) -> list[TextCond]:
+        made.append(list(texts))
+        return [TextCond(torch.full((1, 2, size), float(len(t))), torch.ones(1, 3)) for t in texts]
+
+    return encode
+
+
+def test_conditions_are_made_once_and_found_on_disk_by_another_process(tmp_path: Path) -> None:
+    asked: list[list[str]] = []
+    first = text.Conditions(counting(asked), ["encoders", 12], tmp_path)
+    first(["a", "bb", "a"])
+    first(["bb", "a"])
+    again = text.Conditions(counting(asked), ["encoders", 12], tmp_path)
+    assert float(again(["bb"])["bb"].tokens[0, 0, 0]) == 2.0 and asked == [["a", "bb"]]
+    text.Conditions(counting(asked), ["others", 12], tmp_path)(["a"])  # other encoders: another condition
+    assert asked[1:] == [["a"]] and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_damaged_condition_is_made_again(tmp_path: Path) -> None:
+    asked: list[list[str]] = []
+    text.Conditions(counting(asked), [1], tmp_path)(["a"])
+    (file,) = tmp_path.glob("*.safetensors")
+    whole = file.read_bytes()
+    for damaged in (whole[:-5], b"", b"\xff" * 100):
+        file.write_bytes(damaged)
+        text.Conditions(counting(asked), [1], tmp_path)(["a"])
+        assert file.read_bytes() == whole
+    assert len(asked) == 4
+
+
+def test_the_disk_cache_forgets_the_oldest(tmp_path: Path) -> None:
+    import os
+
+    kept = text.Conditions(counting([]), [1], tmp_path)
+    kept(["a", "b", "c"])
+    for age, file in enumerate(sorted(tmp_path.glob("*.safetensors"))):
+        os.utime(file, (1000 + age, 1000 + age))
+    newest = sorted(tmp_path.glob("*.safetensors"))[-1]
+    text.Conditions(counting([]), [1], tmp_path, on_disk=newest.stat().st_size)
+    assert list(tmp_path.glob("*.safetensors")) == [newest]
+
+
+def test_memory_keeps_what_was_used_last() -> None:
+    recent: text.Recent[str] = text.Recent(3, len)
+    for name in ("a", "bb"):
+        recent.put(name, name)
+    recent.get("a")
+    recent.put("c", "c")
+    assert [recent.get(name) for name in ("a", "bb", "c")] == ["a", None, "c"]
+    recent.put("long", "long")  # larger than all: it alone is kept
+    assert len(recent) == 1 and recent.get("long") == "long"
+
+
+def test_encoders_that_are_released_give_the_same_images(made: list[Made], tmp_path: Path) -> None:
+    engine = open_engine("bundled", dtype="float32", device="cpu", texts="release", cache=tmp_path)
+    assert engine._drawer is None  # neither encoders nor denoiser are in memory before something is asked
+    again = engine.draw([one.ask for one in made])
+    assert all(np.abs(a.image.astype(int) - b.image).max() <= 1 for a, b in zip(again, made, strict=True))
+    drawer = engine._drawer
+    engine.draw([made[0].ask])  # known: the denoiser stays
+    assert engine._drawer is drawer
+    engine.draw([Ask("a cyan cross", 1)])
+    assert engine._drawer is not drawer
+
+
+def test_the_fast_pass_is_the_networks_own() -> None:
+    """On a random network in which everything matters, without a grid's first time being pure noise, and not square."""
+    pipe = tiny_pipe(3)
+    cond = sd3.encode(pipe, PROMPTS, 12)
+    x, times = torch.randn(3, 16, 4, 8, generator=torch.manual_seed(1)), (0.97, 0.31)
+    plain = [sd3.velocity(pipe.transformer)(x, torch.full((3,), t), cond) for t in times]
+    assert fast.fits(pipe.transformer)
+    made = fast.prepare(pipe.transformer)
+    with torch.inference_mode():
+        batch = fast.Batch(made, fast.know(made, times, cond), 4, 8)
+        for step, expected in enumerate(plain):
+            assert expected.std() > 0.1
+            torch.testing.assert_close(batch.velocity(x, step), expected, rtol=1e-4, atol=1e-5)
+    after = sd3.velocity(pipe.transformer)(x, torch.full((3,), times[0]), cond)  # its weights are views now
+    torch.testing.assert_close(after, plain[0], rtol=0, atol=1e-6)
+
+
+def test_a_network_without_norms_of_queries_is_drawn_too() -> None:
+    torch.manual_seed(0)
+    config = {**dict(tiny_pipe().transformer.config), "qk_norm": None}
+    network = SD3Transformer2DModel.from_config(config).requires_grad_(False).eval()
+    cond = TextCond(torch.randn(1, 20, config["joint_attention_dim"]), torch.randn(1, config["pooled_projection_dim"]))
+    x = torch.randn(1, 16, 8, 8)
+    expected = sd3.velocity(network)(x, torch.tensor([0.4]), cond)
+    made = fast.prepare(network)
+    found = fast.Batch(made, fast.know(made, (0.4,), cond), 8, 8).velocity(x, 0)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_joined_matrices_take_no_memory_twice() -> None:
+    attn = tiny_pipe().transformer.transformer_blocks[0].attn
+    before = attn.to_k.weight.clone()
+    product = fast._joined(attn.to_q, attn.to_k, attn.to_v)
+    assert attn.to_k.weight.untyped_storage().data_ptr() == attn.to_q.weight.untyped_storage().data_ptr()
+    assert torch.equal(attn.to_k.weight, before)
+    x = torch.randn(1, 5, before.shape[1])
+    torch.testing.assert_close(product(x)[..., len(before) : 2 * len(before)], attn.to_k(x))
+
+
+def test_gelu_is_pytorchs() -> None:
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -100.0, 100.0])])
+    expected = torch.nn.functional.gelu(x.double(), approximate="tanh")
+    torch.testing.assert_close(fast._gelu(x.clone()).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_both_branches_of_a_split_student_draw_their_own_steps(tmp_path: Path) -> None:
+    """One branch is the bundled student, the other one a network that draws nothing: the images tell who drew what."""
+    record = replace(artifact.read(STUDENT_4), config={"boundary": 0.5})
+    for kind, name in (("student_low", "low"), ("student_high", "high")):
+        pipe = sd3.load(STUDENT_4)
+        if name == "low":
+            pipe.transformer.proj_out.weight.zero_()
+            pipe.transformer.proj_out.bias.zero_()
+        artifact.write(tmp_path / name, replace(record, kind=kind), lambda at, pipe=pipe: sd3.save(pipe, at))  # type: ignore[arg-type]
+    engine = open_engine(tmp_path, dtype="float32", device="cpu")
+    assert engine.contract.steps == (4,) and "+" in engine.contract.weights
+    predictions: list[np.ndarray] = []
+    engine.draw([Ask(PROMPTS[0], 5)], lambda step, steps, images: predictions.append(images))
+    whole: list[np.ndarray] = []
+    open_engine("bundled", dtype="float32").draw([Ask(PROMPTS[0], 5)], lambda step, steps, images: whole.append(images))
+    assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(predictions[:3], whole[:3], strict=True))
+    assert np.abs(predictions[3].astype(int) - whole[3]).max() > 20
+    with pytest.raises(ValueError, match="no branch 'high'"):
+        (tmp_path / "high").rename(tmp_path / "away")
+        open_engine(tmp_path / "low")
+
+
+def test_a_student_without_t5_is_told_zeros(tmp_path: Path, made: list[Made]) -> None:
+    from fewstep.recipes import encoders
+
+    encoders.keep("bundled", ("clip_l", "clip_g"), tmp_path / "student")
+    engine = open_engine(tmp_path / "student", dtype="float32", device="cpu")
+    assert engine.contract.encoders == ("clip_l", "clip_g")
+    expected = stock_images(tmp_path / "student", engine.contract.grid, 1.0, PROMPTS[:1])
+    found = pixels_of(engine, [made[0].ask])
+    torch.testing.assert_close(found, torch.from_numpy(expected).permute(0, 3, 1, 2), rtol=0, atol=1e-5)
+    assert np.abs(engine.draw([made[0].ask])[0].image.astype(int) - made[0].image).max() > 5
+
+
+@pytest.mark.parametrize("to", ["diffusers", "single", "lora", "gguf", "torchao"])
+def test_exports_draw_what_their_student_draws(to: str, made: list[Made], tmp_path: Path) -> None:
+    from fewstep.recipes import export as exporting
+    from fewstep.stages import export, quantize
+    from fewstep.stages.export import Config
+
+    for format, library in (("gguf", "gguf"), ("torchao", "torchao")):
+        if to == format:
+            pytest.importorskip(library)
+    source = exporting.open_source("bundled")
+    bits = 8 if to in ("gguf", "torchao") else 16
+    config = Config(to=to, quantize=quantize.Config(bits), rank=0.99 if to == "lora" else 64)  # type: ignore[arg-type]
+    from fewstep.models import widths
+
+    planned = widths.uniform(source.pipe.transformer, bits, config.quantize.kept)
+    parents = {**source.record.parents, "student": source.record.weights}
+    made_with = export.settings(config, planned)
+    record = replace(source.record, kind="export", format=to, bits=bits, parents=parents, config=made_with)
+    artifact.write(tmp_path / to, record, lambda at: export.write(config, source, source.pipe.transformer, planned, at))
+    engine = open_engine(tmp_path / to, dtype="float32", device="cpu")
+    assert engine.contract.kind == "export" and engine.contract.steps == (4,)
+    again = engine.draw([one.ask for one in made])
+    apart = np.mean([np.abs(a.image.astype(int) - b.image).mean() for a, b in zip(again, made, strict=True)])
+    assert apart < (0.2 if bits == 16 and to != "lora" else 6.0)
+    assert np.array_equal(engine.draw([made[1].ask])[0].image, again[1].image) or to == "torchao"
+
+
+def test_an_export_that_lacks_parts_asks_for_its_student(tmp_path: Path) -> None:
+    record = replace(artifact.read(STUDENT_4), kind="export", format="gguf", parents={"student": "f" * 64})
+    artifact.write(tmp_path / "x", record, lambda at: (at / "student.gguf").write_bytes(b""))
+    with pytest.raises(ValueError, match="--base DIR"):
+        open_engine(tmp_path / "x")
+    with pytest.raises(ValueError, match="is not the student"):
+        open_engine(tmp_path / "x", base=STUDENT_4)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [({"dtype": "int4"}, "give auto"), ({"device": "cuda:77"}, "no such device"), ({"texts": "no"}, "auto, keep or release")],
+)
+def test_settings_that_there_are_not(words: dict[str, str], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        open_engine("bundled", **words)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="does not exist"):
+        open_engine("nowhere")
+
+
+def test_bfloat16_draws_nearly_the_same(made: list[Made]) -> None:
+    engine = open_engine("bundled", dtype="bfloat16", device="cpu")
+    assert engine.contract.dtype == "bfloat16"
+    with sdpa_kernel(SDPBackend.MATH):  # PyTorch's own kernel forgets that the tests are held to AVX2
+        again = engine.draw([made[0].ask])[0].image
+    assert 0 < np.abs(again.astype(int) - made[0].image).mean() < 8
+
+
+def test_a_preview_of_a_large_image_is_the_best_linear_map() -> None:
+    """On a decoder that is linear, the fit is the decoder."""
+    table = torch.randn(16, 3, generator=torch.manual_seed(0)) / 16
+    offset = torch.tensor([0.1, -0.2, 0.3])
+
+    def linear(x0: torch.Tensor) -> torch.Tensor:
+        small = torch.einsum("bchw,cd->bdhw", x0, table) + offset.reshape(1, 3, 1, 1)
+        return torch.nn.functional.interpolate(small, scale_factor=8)
+
+    x0 = torch.randn(2, 16, 32, 24, generator=torch.manual_seed(1))
+    found = decode.fit(linear, x0)
+    torch.testing.assert_close(found, torch.cat([table, offset[None]]), rtol=0, atol=1e-4)
+    small = decode.Preview(linear)(x0)
+    assert small.shape == (2, 32, 24, 3)
+    assert np.abs(small.astype(int) - decode.to_uint8(linear(x0))[:, ::8, ::8]).max() <= 1
+
+
+def test_images_above_a_size_are_decoded_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(STUDENT_4 / "vae")).eval()
+    x0 = torch.randn(1, 16, 16, 16, generator=torch.manual_seed(0))
+    whole = decode.pixels(vae, x0)
+    monkeypatch.setattr(decode, "WHOLE", 64 * 64)
+    tiled = decode.pixels(vae, x0)
+    assert tiled.shape == whole.shape and not torch.equal(tiled, whole) and not vae.use_tiling
+    assert float(torch.corrcoef(torch.stack([tiled.flatten(), whole.flatten()]))[0, 1]) > 0.5  # tiles see less around them
+    monkeypatch.setattr(decode, "WHOLE", 128 * 128)
+    assert torch.equal(decode.pixels(vae, x0), whole)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_graph_draws_with_its_own_parts_and_its_students_others(
+    monkeypatch: pytest.MonkeyPatch, made: list[Made], tmp_path: Path, whole: bool
+) -> None:
+    """The runtime is replaced by torch: what is tested is which part comes from where."""
+    from fewstep.conditioning import assemble
+    from fewstep.formats import graphs, onnx
+
+    pipe, used = sd3.load(STUDENT_4), set()
+
+    def noted(name: str, call: Callable[..., object]) -> Callable[..., object]:
+        return lambda *given: (used.add(name), call(*given))[1]
+
+    parts = ("denoiser", "decoder", "clip_l", "clip_g", "t5") if whole else ("denoiser",)
+    monkeypatch.setattr(graphs, "opened", lambda *_: {"parts": dict.fromkeys(parts), "positions": 4})
+    monkeypatch.setattr(graphs, "tokenize", lambda folder, texts, length: sd3.tokenize(pipe, texts, length))
+    monkeypatch.setattr(onnx, "velocity", lambda *_: noted("denoiser", sd3.velocity(pipe.transformer)))
+    monkeypatch.setattr(onnx, "decode", lambda *_: noted("decoder", lambda x0: sd3.decode(pipe, x0)))
+    monkeypatch.setattr(onnx, "encode", lambda *_: noted("texts", lambda ids: assemble(sd3.encode_ids(pipe, ids))))
+    parents = {"student": artifact.read(STUDENT_4).weights}
+    record = replace(artifact.read(STUDENT_4), kind="export", format="onnx", parents=parents)
+    artifact.write(tmp_path / "x", record, lambda at: (at / "onnx").mkdir())
+    again = open_engine(tmp_path / "x", device="cpu").draw([one.ask for one in made])
+    assert all(np.abs(a.image.astype(int) - b.image).max() <= 1 for a, b in zip(again, made, strict=True))
+    assert used == ({"denoiser", "decoder", "texts"} if whole else {"denoiser"})
