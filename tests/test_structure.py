@@ -237,6 +237,7 @@ def test_the_map_in_the_readme_is_true_and_whole() -> None:
 
 @pytest.mark.parametrize(
     "name", ["README.md", "PAPER.md", "CHANGELOG.md", "docs/LOG.md", "docs/bundled_teacher.md"]
+    + [f"docs/{name}.md" for name in ("evaluation", "sidecars", "study", "inference", "serving", "deploy", "sd35")],
 )
 def test_links_to_files_lead_somewhere(name: str) -> None:
     document = ROOT / name

@@ -124,7 +124,8 @@ def know(fast: Fast, times: Sequence[float], cond: TextCond) -> list[Known]:
     """
     network, count = fast.network, len(times)
     cond = cond.to(network.device, sd3.narrow(network) or torch.float32)
-    padded = [*times, *times[-1:] * (ROWS - count)]  # products of few rows are computed in another way, by how many they are
+    # products of few rows are computed in another way, by how many they are
+    padded = list(times) + [times[-1]] * (ROWS - count)
     timestep = torch.tensor(padded * len(cond), dtype=torch.float32, device=network.device) * TRAIN_TIMESTEPS
     embedding = F.silu(network.time_text_embed(timestep, cond.pooled.repeat_interleave(len(padded), dim=0)))
     found = []

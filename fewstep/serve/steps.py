@@ -78,7 +78,8 @@ class Denoiser:
         found = {words: self._known.get((name, words, grid)) for words, _ in prompts}
         new = {words: cond for words, cond in prompts if found[words] is None}
         if new:
-            for words, known in zip(new, fast.know(own, grid[:-1], TextCond.cat(list(new.values()))), strict=True):
-                found[words] = known
-                self._known.put((name, words, grid), known)
+            made = fast.know(own, grid[:-1], TextCond.cat(list(new.values())))
+            for words, one in zip(new, made, strict=True):
+                found[words] = one
+                self._known.put((name, words, grid), one)
         return [known for words, _ in prompts if (known := found[words]) is not None]

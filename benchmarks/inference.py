@@ -1,0 +1,389 @@
+"""How fast the engine draws, beside stock diffusers with the same weights: one run, contenders in turn, ratios round by round.
+
+    python benchmarks/inference.py                     # the bundled student, batch 1 and 8; memory and first image (10 min)
+    python benchmarks/inference.py --compile           # as well with both compiled by torch's inductor
+    python benchmarks/inference.py --quick             # a few rounds, no processes of their own
+    python benchmarks/inference.py --write             # the table of docs/inference.md, from what was measured last
+    python benchmarks/inference.py --full-size medium --device cuda   # random weights, 512 and 1024 pixels
+
+Every call is end to end: prompt in, picture out. A prompt is new to every contender unless its row says known: then stock is
+given its embeddings, and ours has them in memory. The machine should have nothing else to do. Writes
+`benchmarks/results/inference_<device>.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+from fewstep import noise
+from fewstep.conditioning import TextCond
+from fewstep.data import prompts
+from fewstep.engine import artifact
+from fewstep.grids import STUDENT_GRIDS, shift
+from fewstep.models import architectures, sd3
+from fewstep.serve import decode, fast
+from fewstep.serve.engine import Ask, Engine, open_engine
+from fewstep.worlds.shapes import STUDENT_4
+
+ROOT = Path(__file__).parent.parent
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "inference.md"
+BEGIN, END = "<!-- table: written by benchmarks/inference.py --write -->", "<!-- end of table -->"
+STEPS, GUIDANCE, WARM_UP, MIB = 28, 3.0, 2, 2**20
+OURS, OURS_KNOWN = "ours, 4 steps", "ours, 4 steps, known prompt"
+STOCK, STOCK_KNOWN = "stock, 4 steps", "stock, 4 steps, known prompt"
+GUIDED, GUIDED_KNOWN = "stock, 28 guided steps", "stock, 28 guided steps, known prompt"
+COMPILED = ", compiled"
+Call = Callable[[Sequence[str], torch.Tensor], Any]
+
+
+class Stock:
+    """Stock diffusers' pipeline on a student's weights."""
+
+    def __init__(self, pipe: StableDiffusion3Pipeline, grid: Sequence[float], t5_tokens: int) -> None:
+        pipe.set_progress_bar_config(disable=True)
+        self.pipe, self.t5_tokens, self.known = pipe, t5_tokens, dict[tuple[Any, ...], dict[str, Any]]()
+        moved = pipe.scheduler.config.shift  # the scheduler shifts what it is given
+        self.sigmas = [float(shift(t, 1 / moved)) for t in grid[:-1]]
+
+    def few(self, texts: Sequence[str], latents: torch.Tensor, **given: Any) -> Any:
+        """The student's own steps, without guidance."""
+        told = given or {"prompt": list(texts)}
+        return self._call(latents, sigmas=self.sigmas, num_inference_steps=None, guidance_scale=1.0, **told)
+
+    def guided(self, texts: Sequence[str], latents: torch.Tensor, **given: Any) -> Any:
+        """28 steps with guidance, as its teacher is drawn."""
+        return self._call(latents, num_inference_steps=STEPS, guidance_scale=GUIDANCE, **(given or {"prompt": list(texts)}))
+
+    def with_known(self, call: Call, guided: bool) -> Call:
+        """A call that is given embeddings of prompts that were met before."""
+
+        def run(texts: Sequence[str], latents: torch.Tensor) -> Any:
+            return call(texts, latents, **self._embedded(tuple(texts), guided))  # type: ignore[call-arg]
+
+        return run
+
+    def _embedded(self, texts: tuple[str, ...], guided: bool) -> dict[str, Any]:
+        if (texts, guided) not in self.known:
+            with torch.no_grad():
+                found = self.pipe.encode_prompt(
+                    list(texts), None, None, max_sequence_length=self.t5_tokens, do_classifier_free_guidance=guided
+                )
+            names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+            self.known[texts, guided] = {name: value for name, value in zip(names, found, strict=True) if value is not None}
+        return self.known[texts, guided]
+
+    def _call(self, latents: torch.Tensor, **given: Any) -> Any:
+        height, width = 8 * latents.shape[-2], 8 * latents.shape[-1]
+        placed = latents.to(self.pipe.transformer.device, self.pipe.transformer.dtype)
+        return self.pipe(
+            latents=placed, height=height, width=width, max_sequence_length=self.t5_tokens, output_type="np", **given
+        ).images
+
+
+def drawer(engine: Engine) -> Call:
+    """Ours; the latents say only how many images, because noise has an address."""
+
+    def run(texts: Sequence[str], latents: torch.Tensor) -> Any:
+        return engine.draw([Ask(text, 0, k) for k, text in enumerate(texts)])
+
+    return run
+
+
+def contenders(compiled: bool) -> dict[str, Call]:
+    """Everyone, by name, ours first."""
+    record = artifact.read(STUDENT_4)
+    stock = Stock(sd3.load(STUDENT_4), record.grid, record.t5_tokens)
+    ours = drawer(open_engine("bundled", dtype="float32", device="cpu", texts="keep"))
+    made: dict[str, Call] = {
+        OURS: ours,
+        OURS_KNOWN: ours,
+        STOCK: stock.few,
+        STOCK_KNOWN: stock.with_known(stock.few, False),
+        GUIDED: stock.guided,
+        GUIDED_KNOWN: stock.with_known(stock.guided, True),
+    }
+    if compiled:
+        fastest = Stock(sd3.load(STUDENT_4), record.grid, record.t5_tokens)
+        fastest.pipe.transformer = torch.compile(fastest.pipe.transformer)
+        own = open_engine("bundled", dtype="float32", device="cpu", texts="keep", compiled=True)
+        made[OURS_KNOWN + COMPILED] = drawer(own)
+        made[STOCK_KNOWN + COMPILED] = fastest.with_known(fastest.few, False)
+        made[GUIDED_KNOWN + COMPILED] = fastest.with_known(fastest.guided, True)
+    return made
+
+
+class Taken(NamedTuple):
+    """Seconds of each call, by the clock and of the processor: on a machine that has other work, the second tells more."""
+
+    clock: dict[str, list[float]]
+    processor: dict[str, list[float]]
+
+
+def race(calls: dict[str, Call], batch: int, rounds: int) -> Taken:
+    """Round by round everyone in turn, in another order each time, on the same prompts and noise."""
+    seconds = Taken({name: [] for name in calls}, {name: [] for name in calls})
+    texts, order = prompts.reported(None, batch * (rounds + WARM_UP)), np.random.default_rng(0)
+    known = texts[:batch]  # new in the first round, which only warms up
+    assert len(set(texts)) == len(texts), "a prompt that comes again is not new: fewer rounds"
+    for number in range(rounds + WARM_UP):
+        new = texts[batch * number : batch * (number + 1)]
+        latents = noise.normal((16, 8, 8), seed=0, index=range(batch), step=0)
+        for name in order.permutation(list(calls)):
+            told = known if "known" in name else new
+            start, worked = time.perf_counter(), time.process_time()
+            calls[name](told, latents)
+            if number >= WARM_UP:
+                seconds.clock[name].append(time.perf_counter() - start)
+                seconds.processor[name].append(time.process_time() - worked)
+    return seconds
+
+
+def figures(seconds: Taken, batch: int) -> dict[str, Any]:
+    """Milliseconds a call, and by round how many times as long as ours it takes: medians, 5th and 95th percentiles."""
+    out: dict[str, Any] = {}
+    for name, taken in seconds.clock.items():
+        own = (OURS_KNOWN if "known" in name else OURS) + (COMPILED if COMPILED in name else "")
+        ratio, worked = (np.array(held[name]) / np.array(held[own]) for held in seconds)
+        out[name] = {
+            "ms": _spread(1000 * np.array(taken)),
+            "times_ours": _spread(ratio),
+            "times_ours_of_processor": _spread(worked),
+            "images_a_second": batch / float(np.median(taken)),
+        }
+    return out
+
+
+def _spread(values: Any) -> dict[str, float]:
+    p5, p50, p95 = np.percentile(values, [5, 50, 95])
+    return {"p5": float(p5), "p50": float(p50), "p95": float(p95)}
+
+
+def first_image(who: str, batch: int = 1) -> dict[str, float]:
+    """In this process: seconds to open, and to the first image after that; the most memory it ever had after a few, MiB."""
+    start, texts = time.perf_counter(), prompts.reported(None, 4 * batch)
+    if who == "ours":
+        call = drawer(open_engine("bundled", dtype="float32", device="cpu"))
+    else:
+        record = artifact.read(STUDENT_4)
+        call = Stock(sd3.load(STUDENT_4), record.grid, record.t5_tokens).few
+    opened = time.perf_counter()
+    seconds = []
+    for k in range(4):
+        begun = time.perf_counter()
+        call(texts[k * batch : (k + 1) * batch], noise.normal((16, 8, 8), seed=0, index=range(batch), step=0))
+        seconds.append(time.perf_counter() - begun)
+    most = _sibling("full_size")._peak_rss() / MIB
+    return {"open_s": opened - start, "first_s": seconds[0], "fourth_s": seconds[3], "peak_mib": most}
+
+
+def fresh(who: str, batch: int) -> dict[str, float]:
+    """`first_image` in a process of its own; "to_first_image_s" counts from its start, imports included."""
+    start = time.perf_counter()
+    words = [sys.executable, __file__, "--alone", who, "--batch", str(batch), "--threads", str(torch.get_num_threads())]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    rest = 3 * found["fourth_s"]  # the images after the first, about
+    return found | {"to_first_image_s": time.perf_counter() - start - rest}
+
+
+def full_size(size: str, pixels: int, device: str) -> dict[str, Any]:
+    """Random weights of a real model's shapes in bfloat16: our four steps, stock's, and its 28 guided ones; text is given.
+
+    Times are medians of three images after one; the denoiser's share of the card's bf16 rate is by counted operations.
+    """
+    shapes = _sibling("full_size")
+    config, grid = shapes.SIZES[size], STUDENT_GRIDS[4]
+    network = shapes.network(config, torch.bfloat16, device)
+    vae = _autoencoder(size).to(device, torch.bfloat16).requires_grad_(False).eval()
+    cond = shapes.conditions(config, 1)
+    latents = noise.normal((16, pixels // 8, pixels // 8), seed=1, index=[0], step=0)
+    pipe = StableDiffusion3Pipeline(
+        transformer=network, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+    stock, tflop = Stock(pipe, grid, 256), shapes.forward_tflop(network, latents, cond, device)
+    given = cond.to(device, torch.bfloat16)
+    told = {"prompt_embeds": given.tokens, "pooled_prompt_embeds": given.pooled}
+    negative = {f"negative_{name}": torch.zeros_like(value) for name, value in told.items()}
+    taken = {
+        "stock, 4 steps": _clocked(lambda: stock.few([], latents, **told), device),
+        "stock, 28 guided steps": _clocked(lambda: stock.guided([], latents, **told, **negative), device),
+    }
+    denoise, whole = _ours(network, vae, grid, cond, latents)
+    taken["ours, 4 steps"] = _clocked(whole, device)
+    alone = float(np.median(_clocked(denoise, device)))
+    rate = _matrix_rate(device)
+    return {
+        "pixels": pixels,
+        "ms": {name: 1000 * float(np.median(seconds)) for name, seconds in taken.items()},
+        "forward_tflop": tflop,
+        "denoise_ms": 1000 * alone,
+        "tflop_a_second": 4 * tflop / alone,
+        "matrix_tflop_a_second": rate,
+        "share_of_matrix_rate": 4 * tflop / alone / rate,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.startswith("cuda") else None,
+    }
+
+
+def _ours(
+    network: Any, vae: Any, grid: Sequence[float], cond: TextCond, latents: torch.Tensor
+) -> tuple[Callable[[], torch.Tensor], Callable[[], Any]]:
+    """Four steps, and four steps with decoding, by the engine's own parts."""
+    made = fast.prepare(network)
+
+    def denoise() -> torch.Tensor:
+        with torch.inference_mode():
+            height, width = latents.shape[-2:]
+            batch, x = fast.Batch(made, fast.know(made, grid[:-1], cond), height, width), latents
+            for step, (t, t_next) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
+                x = x + (t_next - t) * batch.velocity(x, step)
+            return x
+
+    return denoise, lambda: decode.to_uint8(decode.pixels(vae, denoise()))
+
+
+def _autoencoder(size: str) -> Any:
+    from diffusers import AutoencoderKL
+
+    config = AutoencoderKL.load_config(STUDENT_4 / "vae") if size == "tiny" else architectures.AUTOENCODER
+    return AutoencoderKL.from_config(config)
+
+
+def _clocked(call: Callable[[], Any], device: str, runs: int = 3) -> list[float]:
+    seconds = []
+    for _ in range(runs + 1):
+        start = time.perf_counter()
+        call()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return seconds[1:]
+
+
+def _matrix_rate(device: str) -> float:
+    """TFLOP a second of a large product in bfloat16, the best of ten."""
+    side = 8192 if device.startswith("cuda") else 512
+    a = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    best = min(_clocked(lambda: a @ a, device, 10))
+    return 2 * side**3 / best / 1e12
+
+
+def _sibling(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def measure(batches: Sequence[int], rounds: int, compiled: bool, alone: bool) -> dict[str, Any]:
+    """Everything of the bundled student on this CPU."""
+    record: dict[str, Any] = {
+        "hardware": _sibling("full_size").hardware("cpu"),
+        "load_before": os.getloadavg(),
+        "rounds": rounds,
+        "dtype": "float32",
+        "batches": {},
+    }
+    calls = contenders(compiled)
+    for batch in batches:
+        record["batches"][str(batch)] = figures(race(calls, batch, rounds), batch)
+        print(f"batch {batch}", json.dumps(record["batches"][str(batch)]), flush=True)
+    if alone:
+        record["fresh"] = {f"{who}, batch {b}": fresh(who, b) for b in batches for who in ("ours", "stock")}
+    return record | {"load_after": os.getloadavg()}
+
+
+def table(record: dict[str, Any]) -> str:
+    """The tables of docs/inference.md."""
+    hardware = record["hardware"]
+    lines = [
+        f"{hardware['device']}, {hardware['threads']} threads, torch {hardware['torch']}; {record['dtype']}; "
+        f"{record['rounds']} rounds, medians with 5th to 95th percentile. Load of the machine before, 1 minute: "
+        f"{record['load_before'][0]:.1f}.",
+        "",
+    ]
+    for batch, rows in record["batches"].items():
+        head = f"| batch of {batch} | ms | times ours | times ours, processor | images a second |"
+        lines += [head, "|---|---|---|---|---|"]
+        for name, row in rows.items():
+            ratios = [row["times_ours"], row["times_ours_of_processor"]]
+            shown = ["1", "1"] if name.startswith("ours") else [_shown(ratio, 2) for ratio in ratios]
+            lines.append(f"| {name} | {_shown(row['ms'], 1)} | {shown[0]} | {shown[1]} | {row['images_a_second']:.1f} |")
+        lines.append("")
+    if "fresh" in record:
+        lines += ["| in a process of its own | start to first image, s | opening, s | most memory, MiB |", "|---|---|---|---|"]
+        for name, row in record["fresh"].items():
+            lines.append(f"| {name} | {row['to_first_image_s']:.1f} | {row['open_s']:.1f} | {row['peak_mib']:.0f} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _shown(spread: dict[str, float], digits: int) -> str:
+    return "{p50:.{d}f} ({p5:.{d}f} to {p95:.{d}f})".format(**spread, d=digits)
+
+
+def write(record: dict[str, Any], page: Path = PAGE) -> None:
+    """Put the tables into the page."""
+    text = page.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    partial = page.with_name(page.name + ".partial")
+    partial.write_text(f"{before}{BEGIN}\n\n{table(record)}{END}{rest.split(END)[1]}", encoding="utf-8")
+    partial.replace(page)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--full-size", choices=("tiny", "medium", "large"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--alone", choices=("ours", "stock"), help=argparse.SUPPRESS)
+    parser.add_argument("--batch", type=int, default=1, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    sd3.quiet()
+    if args.alone:
+        print(json.dumps(first_image(args.alone, args.batch)))
+        return
+    kind = f"full_size_{args.full_size}_{args.device.partition(':')[0]}" if args.full_size else "cpu"
+    path = args.out / f"inference_{kind}.json"
+    if args.write:
+        write(json.loads(path.read_text()))
+        return
+    if args.full_size:
+        sides = (64,) if args.full_size == "tiny" else (512, 1024)
+        hardware = _sibling("full_size").hardware(args.device)
+        record = {"hardware": hardware, "images": [full_size(args.full_size, side, args.device) for side in sides]}
+    elif args.quick:
+        record = measure((1,), 2, False, False)
+    else:
+        record = measure((1, 8), args.rounds, args.compile, True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.replace(path)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
