@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fewstep.evaluate import distances, diversity, outcomes
+from fewstep.evaluate import distances, diversity, metrics, outcomes
 from fewstep.evaluate.outcomes import Outcome
 from fewstep.evaluate.statistics import OVERALL, Estimate, over_runs
 from fewstep.report import page
@@ -67,7 +67,8 @@ def row_of(
     prompts = [r["prompt"] for r in ceiling["results"]]
     facts = {"teacher": distances.of_arm(of_teacher), "truth": distances.of_arm(ceiling, truth=True)}
     for name, other in facts.items():
-        made = [distances.mmd(distances.of_arm(o), other, prompts, DRAWS) for _, _, o in cells]
+        shown, both = distances.counts_of(other), (prompts, prompts)
+        made = [metrics.kid(distances.counts_of(distances.of_arm(o)), shown, both) for _, _, o in cells]
         row[f"mmd_{name}"] = _mean(made)._asdict()
     apart = [distances.histograms(distances.of_arm(o), facts["truth"], prompts, DRAWS) for _, _, o in cells]
     by_attribute = [(d[0].attribute, [Estimate(x.mean, x.lo, x.hi) for x in d]) for d in zip(*apart, strict=True)]

@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--keep-alive", type=int, default=LONGEST_WAIT_S + 10, help="seconds that a connection is kept")
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()
+    begun = time.monotonic()
     hands = [Process(Spec("bundled", {}, threads=given.threads)) for _ in range(given.workers)]
     app = server.app({"student": hands}, Settings(queue=given.queue))
     listening = server.listener(app, "127.0.0.1", 0, given.keep_alive)
@@ -63,6 +64,8 @@ def main() -> None:
     while not listening.started:
         time.sleep(0.05)
     url = f"http://127.0.0.1:{listening.servers[0].sockets[0].getsockname()[1]}"
+    httpx.post(f"{url}/v1/images/generations", json={"prompt": "a large red circle"}, timeout=180).raise_for_status()
+    first_image = round(time.monotonic() - begun, 2)
     asks = [Ask(p.text, seed=i) for i, p in enumerate(_prompts(given.requests))]
     begun = time.monotonic()
     answers = asyncio.run(_clients(url, asks, given.vanish, hands))
@@ -71,7 +74,8 @@ def main() -> None:
     alive = httpx.get(f"{url}/healthz").json()["models"]["student"]
     listening.should_exit = True
     thread.join(30)
-    report = _report(asks, answers, seconds, figures, alive, vars(given))
+    report = {"seconds_from_start_to_first_image": first_image}
+    report |= _report(asks, answers, seconds, figures, alive, vars(given))
     given.out.parent.mkdir(exist_ok=True)
     partial = given.out.with_suffix(".partial")
     partial.write_text(json.dumps(report, indent=1) + "\n")

@@ -5,7 +5,8 @@
 A study is planned in a temporary folder and served by a process of its own over loopback. Annotators answer as fast as pages
 come ("saturated"), and then after about five seconds each, as people do ("paced"). Half way the server is killed (SIGKILL) and
 started again, and clients send again what was not acknowledged, as the page does. In the end the database is searched for every
-acknowledged answer. Waiting times are those of requests that were answered; attempts while there was no server are not.
+acknowledged answer; it may hold no more than these and one under way for each person. Waiting times are those of requests that
+were answered; attempts while there was no server are not.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ def start(folder: Path, port: int) -> subprocess.Popen[bytes]:
     """The server, answering."""
     running = subprocess.Popen([sys.executable, "-c", SERVE, str(folder), str(port)], cwd=ROOT)
     while True:
+        if running.poll() is not None:
+            raise RuntimeError(f"the server ended by itself with code {running.returncode}")
         try:
             if httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).status_code == 200:
                 return running
@@ -141,16 +144,15 @@ async def load(paths: list[str], folder: Path, port: int, seconds: float, think:
 
 
 def count(study: Store, people: list[Person]) -> dict[str, int]:
-    """Acknowledged answers that are missing, and answers that are there twice."""
+    """Acknowledged answers that are missing, and answers that count twice: one person's on one pair that was shown once."""
     with store.reading(study.engine) as connection:
-        rows = connection.execute(store.sql.select(store.t.vote)).all()
+        rows = connection.execute(store.sql.select(store.t.vote).where(store.stands(store.t.vote))).all()
     kept = {(row.annotator, row.client_seq): row.assignment for row in rows}
     lost = 0
     for person in people:
         who = links.read(study.secret, person.path.removeprefix("/s/"), 0).annotator
         lost += sum(kept.get((who, seq)) != assignment for seq, assignment in person.sent)
-    twice = sum(n - 1 for n in Counter((row.assignment, row.attempt) for row in rows).values())
-    twice += sum(n - 1 for n in Counter((row.annotator, row.client_seq) for row in rows).values())
+    twice = sum(n - 1 for n in Counter((row.annotator, row.assignment) for row in rows).values())
     return {"acknowledged": sum(len(p.sent) for p in people), "stored": len(rows), "lost": lost, "double": twice}
 
 
@@ -187,8 +189,10 @@ def main() -> None:
     partial = told.out.with_name(told.out.name + ".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, told.out)
-    if any(t["lost"] or t["double"] for t in trials.values()):
-        raise SystemExit("answers were lost or counted twice")
+    for name, t in trials.items():
+        # each person has at most one answer under way that is stored and not yet acknowledged
+        if t["lost"] or t["double"] or not t["acknowledged"] <= t["stored"] <= t["acknowledged"] + told.people:
+            raise SystemExit(f"{name}: answers were lost or counted twice")
 
 
 if __name__ == "__main__":

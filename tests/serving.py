@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fewstep.serve.contract import Ask, Contract, Made, resolve
+from fewstep.serve.queue import Stopped
 
 GRID = (1.0, 0.9, 0.75, 0.5, 0.0)
 SIDE = 64
@@ -60,10 +62,17 @@ class Painter:
         self.step_s = step_s
         self.batches: list[list[Ask]] = []
         self.steps_done = 0
+        self.previews: list[tuple[int, int]] = []  # step, images
         self.fails: Callable[[Ask], bool] = lambda ask: False
 
     def draw(
-        self, asks: Sequence[Ask], on_step: Callable[[int, int, NDArray[np.uint8]], None] | None = None
+        self,
+        asks: Sequence[Ask],
+        on_step: Callable[[int, int, NDArray[np.uint8]], None] | None = None,
+        *,
+        stopped: Callable[[], bool] | None = None,
+        watched: Collection[int] | None = None,
+        shown: Collection[int] | None = None,
     ) -> list[Made]:
         self.batches.append(list(asks))
         filled = [resolve(self.contract, ask) for ask in asks]
@@ -74,8 +83,12 @@ class Painter:
         for step in range(1, steps + 1):
             time.sleep(self.step_s)
             self.steps_done += 1
+            if stopped is not None and stopped():
+                raise Stopped
             if on_step is not None:
-                on_step(step, steps, images // (steps + 1 - step))
+                rows = [i for i in range(len(asks)) if (watched is None or i in watched) and (shown is None or step in shown)]
+                self.previews += [(step, len(rows))] if rows else []
+                on_step(step, steps, images[rows] // (steps + 1 - step))
         seconds = {"text": 0.0, "denoise": steps * self.step_s / len(asks), "decode": 0.0}
         return [Made(im, ask, GRID, steps, said, seconds) for im, (ask, said) in zip(images, filled, strict=True)]
 
@@ -85,8 +98,14 @@ def paint(ask: Ask) -> NDArray[np.uint8]:
     return np.full((ask.height or SIDE, ask.width or SIDE, 3), colour(ask.prompt, ask.seed), np.uint8)
 
 
-def open_painter(source: str, **arguments: str) -> Painter:
+def open_painter(source: str, **arguments: Any) -> Painter:
     """An opener for worker processes: the source is the seconds of a step, or what is wrong with it."""
+    if source == "paths":
+        return Painter(name=" ".join(f"{k}={'Path' if isinstance(v, Path) else 'str'}" for k, v in sorted(arguments.items())))
+    if source == "damaged":
+        raise KeyError("time_embed.weight")
+    if source == "dies":
+        os._exit(7)
     if source == "broken":
         raise ValueError("there is no paint; buy some")
     once = Path(arguments["once"]) if "once" in arguments else None
@@ -109,10 +128,10 @@ def pixels64(text: str) -> NDArray[np.uint8]:
 
 
 @contextmanager
-def running(app: FastAPI) -> Iterator[str]:
+def running(app: FastAPI, server: uvicorn.Server | None = None) -> Iterator[str]:
     """A real server on the loopback address; gives its URL."""
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
+    server = server or uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

@@ -83,8 +83,9 @@ def answer(study: Store, who: int, side: str = "left", now: Now | None = None) -
 def everybody(study: Store, people: list[int], rng: random.Random, stop: float = 0.0) -> None:
     """People answer in turns chosen at random until none has anything left; with `stop`, some leave for good on the way."""
     where = {who: ballots.consent(study, who) for who in people}
-    while where:
+    while any(now.stage != "wait" for now in where.values()):
         who = rng.choice(list(where))
+        where[who] = ballots.now(study, who) if where[who].stage == "wait" else where[who]
         where[who] = answer(study, who, rng.choice(["left", "right", "tie", "both_bad"]), where[who])
         if rng.random() < stop or where[who].stage == "done":
             del where[who]

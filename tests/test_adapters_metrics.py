@@ -11,7 +11,6 @@ from typing import Any
 import huggingface_hub.constants
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -239,15 +238,6 @@ def test_a_network_that_computes_otherwise_is_red(monkeypatch: pytest.MonkeyPatc
     assert [f.state for f in selftests.offline(adapters.SCORES["pick_score"])] == ["ok", "FAIL"]
     monkeypatch.setattr(tiny, "weight", lambda name, shape, number: torch.full(tuple(shape), 0.1))
     assert [f.state for f in selftests.offline(adapters.FEATURES["dinov2"])] == ["ok", "FAIL"]
-
-
-def test_frechet_distance_against_the_matrix_root() -> None:
-    draw = torch.Generator().manual_seed(3)
-    a, b = torch.randn(40, 6, generator=draw).double(), 2 * torch.randn(30, 6, generator=draw).double() + 1
-    s, t = np.cov(a.numpy().T), np.cov(b.numpy().T)
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * scipy.linalg.sqrtm(s @ t).real)
-    assert selftests.frechet(a, b) == pytest.approx(float(expected), rel=1e-9)
-    assert selftests.frechet(a, a) == pytest.approx(0, abs=1e-9)
 
 
 def counted(measure: parts.Measure) -> tuple[parts.Measure, list[int]]:

@@ -63,6 +63,16 @@ def test_sampling_is_hashed_beside_what_is_asked() -> None:
         ({"entries": [{"text": ""}]}, "prompt 0 is empty"),
         ({"entries": 3}, "no protocol"),
         ({"seeds": 2000}, "seeds must be 1 to 1000"),
+        ({"name": 5}, "a benchmark's name must be text, not 5"),
+        ({"seeds": 1.5}, "seeds must be a whole number from 0 on, not 1.5"),
+        ({"noise_seed": True}, "noise_seed must be a whole number"),
+        ({"resolution": -64}, "resolution must be a whole number"),
+        ({"evaluator": []}, "evaluator must name texts"),
+        ({"evaluator": {"detector": 3}}, "evaluator must name texts"),
+        ({"entries": [{"text": 5}]}, "text and category of prompt 0 must be text"),
+        ({"entries": [{"text": "a", "category": None}]}, "text and category of prompt 0 must be text"),
+        ({"entries": [{"text": "a", "facts": [1]}]}, "facts of prompt 0 must be an object, not"),
+        ({"entries": ["a cat"]}, "no protocol"),
     ],
 )
 def test_a_changed_file_is_refused(tmp_path: Path, change, said: str) -> None:
@@ -135,11 +145,22 @@ def test_prompts_of_ones_own_keep_their_categories(tmp_path: Path) -> None:
     lines = tmp_path / "mine.jsonl"
     lines.write_text('{"prompt": "x", "tag": "a"}\n\n{"prompt": " "}\n{"prompt": "y"}\n')
     own = evaluation.protocol("prompts", prompts=lines, seeds=2)
-    assert [(e.text, e.category) for e in own.entries] == [("x", "a"), ("y", "")] and (own.name, own.seeds) == ("mine", 2)
+    assert [(e.text, e.category) for e in own.entries] == [("x", "a"), ("y", "")]
+    assert (own.name, own.seeds) == ("prompts:mine", 2)
     (tmp_path / "t.txt").write_text("one\n\ntwo, three\n")
     assert [e.text for e in evaluation.protocol("prompts", prompts=tmp_path / "t.txt").entries] == ["one", "two, three"]
     (tmp_path / "bare.csv").write_text("caption\na,b\n")  # a column too many, no column of categories
     assert evaluation.entries(tmp_path / "bare.csv") == (Entry("a"),)
+
+
+def test_lists_called_like_protocols_are_not_taken_for_them(tmp_path: Path) -> None:
+    for stem in ("coco5k-dinov2", "geneval", "shapes-strict"):
+        (tmp_path / f"{stem}.txt").write_text("one\ntwo\n")
+        made = evaluation.protocol("prompts", prompts=tmp_path / f"{stem}.txt", per_task=1)
+        assert made.name == f"prompts:{stem}-first1"
+        assert coco.preparation(made) is None and not builtin.is_shapes(made)
+    assert builtin.is_shapes(replace(builtin.shapes("strict", 1, 1), name="mine"))
+    assert coco.preparation(replace(ONE, name="coco5k-dinov2")) is None
 
 
 # --- COCO
@@ -173,6 +194,8 @@ def test_a_protocol_of_coco_says_how_many_and_how(captions: Path, tmp_path: Path
     made = coco.coco("coco5k-dinov2", captions, 7)
     assert made.name == "coco5k-dinov2-first7" and len(made.entries) == 7 and made.seeds == 1
     assert made.preprocessing == "middle square, bicubic to 256, png" and made.evaluator["features"] == "dinov2"
+    for name, how in coco.PROTOCOLS.items():  # a protocol of COCO by what it says, whatever it is called
+        assert coco.preparation(replace(coco.coco(name, captions, 7), name="mine")) == how
     hashes = {coco.coco(name, captions, 7).hash for name in coco.PROTOCOLS}
     assert len(hashes) == len(coco.PROTOCOLS)
     own = tmp_path / "list.txt"
@@ -219,24 +242,21 @@ def test_images_are_cropped_and_resized_as_the_formula_says(name: str, filter_, 
     matrix = weights(side, 256, filter_)
     across = np.einsum("ow,hwc->hoc", matrix, square).round().clip(0, 255)
     exact = np.einsum("oh,hwc->owc", matrix, across).clip(0, 255)
-    made = coco.prepare(image, name)
+    made = coco.prepare(image, coco.PROTOCOLS[name])
     assert np.abs(made - exact).max() < 2 and np.abs(made - exact).mean() < 0.3  # halves are rounded either way
-    assert np.array_equal(coco.prepare(image, name + "-first5"), made)
 
 
 def test_preparation_is_pinned() -> None:
     y, x = np.mgrid[0:301, 0:400]
     image = np.stack([x % 256, y % 256, (x * y) % 256], axis=-1).astype(np.uint8)
-    square = coco.prepare(image[:256, :256], "coco5k-dinov2")
+    square = coco.prepare(image[:256, :256], coco.PROTOCOLS["coco5k-dinov2"])
     assert np.array_equal(square, image[:256, :256])  # nothing to do
-    made = {name: coco.prepare(image, name) for name in coco.PROTOCOLS}
+    made = {name: coco.prepare(image, how) for name, how in coco.PROTOCOLS.items()}
     assert {m.shape for m in made.values()} == {(256, 256, 3)}
     lanczos, bicubic = made["coco30k-gigagan256-lanczos-clean"], made["coco30k-256-bicubic-clean"]
     assert np.array_equal(lanczos, made["coco30k-256-lanczos-legacy"]) and not np.array_equal(lanczos, bicubic)
     # the middle 301 columns of 400 begin at 50 (half of 99, rounded to even): a ramp that starts with that column
     assert abs(int(lanczos[100, 0, 0]) - 50) <= 1
-    with pytest.raises(ValueError, match="is none of"):
-        coco.prepare(image, "geneval")
 
 
 def test_real_images_are_found_or_named(captions: Path, tmp_path: Path) -> None:

@@ -151,6 +151,31 @@ def test_one_prompt_of_a_category_gives_no_forecast() -> None:
     assert made.needed is None and "would be needed" not in comparison.sentence(made)
 
 
+def test_prompts_that_do_not_differ_forecast_nothing() -> None:
+    """Every prompt has one seed of two right in both arms, but not the same one: no spread, and no claim to know it."""
+    a, b = np.tile([[True, False]], (120, 1)), np.tile([[False, True]], (120, 1))
+    (made,) = comparison.compare([record("a", a), record("b", b)], "strict")
+    assert made.needed is None and "these prompts cannot tell how many it would take" in comparison.sentence(made)
+    bound = 1 - 0.025 ** (1 / 120)
+    assert made.main.difference == pytest.approx((0.0, -bound, bound))
+    assert made.rows["colors"].difference.hi == pytest.approx(1 - 0.025 ** (1 / 20))
+
+
+def test_a_comparison_is_planned_from_words_or_from_a_set(call: Call, tmp_path: Path) -> None:
+    code, out, _ = call("compare", "--worth", "2", "--share", "0.8", "--seeds", "2", "--correlation", "0.2")
+    needed = planning.prompts_for_difference(0.02, planning.assumed_sd(0.8, 2, 0.2))
+    assert code == 0 and f"{needed:,} prompts x 2 seeds" in out and "80.0 % of images right" in out
+    code, out, _ = call("compare", stored(tmp_path / "a", record("a", BASE)), "--worth", "5")
+    spread = planning.assumed_sd(BASE.mean(), 2, max(0.0, planning.intra_prompt_correlation(BASE, TASKS)))
+    assert code == 0 and f"{planning.prompts_for_difference(0.05, spread):,} prompts x 2 seeds" in out
+    assert f"553: {100 * planning.detectable_difference(553, spread):.1f}" in out
+    for words, said in ((["--worth", "0"], "must be finite and not 0"), (["--worth", "2", "--share", "2"], "must be 0 to 1")):
+        code, _, err = call("compare", *words)
+        assert code == 2 and said in err
+    scored = record("b", BASE.astype(float), "score")
+    assert "has no verdicts to plan with" in call("compare", stored(tmp_path / "b", scored), "--worth", "1")[2]
+
+
 # --- what cannot be compared
 
 

@@ -43,7 +43,7 @@ def test_without_weights_all_is_green_or_yellow_and_the_code_is_0(call: Call) ->
     code, out, _ = call("doctor", "--eval", "--sidecar", COLOURS, "--sidecar", f"{COLOURS} --mean")
     assert code == 0 and "FAIL" not in out
     for name in (*adapters.SCORES, *adapters.FEATURES):
-        assert f"ok    {name:<16}preprocessing" in out and f"note  {name:<16}no weights" in out
+        assert f"ok    {name:<15} preprocessing" in out and f"note  {name:<15} no weights" in out
     assert "hf download openai/clip-vit-large-patch14" in out and "colours 1 answered about 33 pictures" in out
     assert "something seen in 32 of 32 pictures" in out and "brightness 1 answered" in out
     assert f"note  {'geneval':<16}GenEval's detector: no command given" in out and "examples/sidecars/hpsv3.py" in out
@@ -58,9 +58,25 @@ def test_a_red_metric_and_a_dead_sidecar_end_with_code_1(call: Call, tmp_path: P
     dead.write_text("import sys; sys.exit('no module named mmdet')")
     code, out, _ = call("doctor", "--eval", "--sidecar", f"{sys.executable} {dead}")
     assert code == 1 and f"FAIL  {'clip_score':<16}network of known weights, off by" in out
-    assert f"FAIL  {'geneval':<16}does not answer" in out and "Its last words: no module named mmdet" in out
+    assert f"FAIL  {'geneval':<16}lacks the library mmdet in its environment" in out
+    assert "Its last words: no module named mmdet" in out
     assert "GenEval's detector: no command given" not in out and "ImageReward: no command given" in out
     assert out.rstrip().endswith("2 to mend")
+
+
+def test_a_library_that_is_absent_is_named_with_its_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "SCORES", {})
+    monkeypatch.setattr(adapters, "FEATURES", {"inception_clean": adapters.FEATURES["inception_clean"]})
+    for there in (False, True):
+        monkeypatch.setattr(doctor_eval, "find_spec", lambda name, there=there: object() if there else None)
+        told = Finding("note", "inception_clean", "torch_fidelity is absent", "pip install 'fewstep[metrics]'")
+        assert (told in doctor_eval.findings((), {})) != there
+
+
+def test_a_sidecar_that_only_dies_does_not_answer(tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text("import sys; sys.exit(3)")
+    (found,) = doctor_eval.of_sidecar(f"{sys.executable} {tmp_path / 'odd.py'}")
+    assert found.state == "FAIL" and found.found == "does not answer"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from fewstep.conditioning import TextCond
 from fewstep.engine import artifact
 from fewstep.grids import shift, shifted_grid
 from fewstep.models import sd3
-from fewstep.serve import decode, fast, text
+from fewstep.serve import decode, fast, steps, text
+from fewstep.serve import engine as engines
 from fewstep.serve.contract import Contract, resolve
 from fewstep.serve.engine import Ask, Engine, Made, open_engine
 from fewstep.worlds.shapes import STUDENT_4, TEACHER
@@ -66,8 +67,85 @@ def pixels_of(engine: Engine, asks: list[Ask]) -> torch.Tensor:
     settled = [engine.resolve(ask)[0] for ask in asks]
     with torch.inference_mode():
         conds = engine._conditions(settled)
-        x0 = engine._drawer.denoise(settled, engine.grid(settled[0].steps), conds, None)
+        watch = engines._Watch(None, None, [], None)
+        x0 = engine._drawer.denoise(settled, engine.grid(settled[0].steps), conds, watch)
         return (engine._drawer.pixels(x0) / 2 + 0.5).clamp(0, 1)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_floats_are_the_same_alone_and_in_a_batch(threads: int) -> None:
+    """Before they are rounded to bytes, bit for bit, by engines that share nothing that is kept.
+
+    Of this batch and this image each of these changes bits where it is left out: encoding never one prompt alone, projecting
+    pooled features row by row, padding modulations to `fast.ROWS`, decoding one image at a time.
+    """
+    asks = [Ask(prompt, 5, k) for k, prompt in enumerate(PROMPTS)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        many, alone = (
+            pixels_of(open_engine("bundled", dtype="float32", device="cpu"), some) for some in (asks, asks[:1])
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(many[0], alone[0])
+
+
+def test_images_beyond_what_is_denoised_at_once_are_drawn_in_parts(
+    monkeypatch: pytest.MonkeyPatch, student: Engine, made: list[Made]
+) -> None:
+    sizes: list[int] = []
+    batch = student._drawer._denoiser.batch
+
+    def counted(prompts: list[object], *rest: object) -> object:
+        sizes.append(len(prompts))
+        return batch(prompts, *rest)
+
+    monkeypatch.setattr(student._drawer._denoiser, "batch", counted)
+    monkeypatch.setattr(engines, "TOKENS", 2 * (16 + 24))  # of images of 16 tokens beside 24 of their texts: two
+    again = student.draw([*(one.ask for one in made), Ask(PROMPTS[0], 1, guidance_scale=2.0)])
+    assert sizes == [2, 1, 2]  # an image with guidance is two
+    assert all(np.array_equal(one.image, same.image) for one, same in zip(made, again, strict=False))
+
+
+def test_a_long_grid_is_computed_in_parts_and_none_of_them_is_kept(monkeypatch: pytest.MonkeyPatch, made: list[Made]) -> None:
+    monkeypatch.setattr(steps, "TIMES", 3)
+    engine = open_engine("bundled", dtype="float32", device="cpu")
+    assert np.array_equal(engine.draw([made[0].ask])[0].image, made[0].image)
+    assert len(engine._drawer._denoiser._known) == 0
+
+
+def test_steps_lie_in_runs_of_one_denoiser() -> None:
+    found = steps.runs(["high", "high", "high", "low"], [1.0, 0.9, 0.8, 0.2], 2)
+    assert found == [("high", (1.0, 0.9)), ("high", (0.8,)), ("low", (0.2,))]
+
+
+def test_one_prompt_is_not_copied(student: Engine) -> None:
+    network = tiny_pipe().transformer
+    cond = TextCond(torch.randn(1, 5, network.config.joint_attention_dim), torch.randn(1, network.config.pooled_projection_dim))
+    made = fast.prepare(network)
+    (known,) = fast.know(made, (0.4,), cond)
+    assert fast.Batch(made, [known], 8, 8)._modulations.data_ptr() == known.modulations.data_ptr()
+
+
+def test_a_compiled_pass_is_the_same_up_to_rounding() -> None:
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError):
+        pytest.skip("no C++ compiler")
+    network = tiny_pipe(3).transformer
+    shapes = network.config.joint_attention_dim, network.config.pooled_projection_dim
+    cond, x = TextCond(torch.randn(1, 5, shapes[0]), torch.randn(1, shapes[1])), torch.randn(1, 16, 4, 4)
+    notes: list[str] = []
+    made = fast.prepare(network)
+    known, run = fast.know(made, (0.4,), cond), fast.compiled(torch.device("cpu"), notes)
+    with torch.inference_mode():
+        plain, found = (fast.Batch(made, known, 4, 4, how).velocity(x, 0) for how in (None, run))
+    assert run is not fast.forward and not notes and plain.std() > 0.1
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_a_students_images_are_the_stock_pipelines(student: Engine, made: list[Made]) -> None:
@@ -177,6 +255,11 @@ def test_threads_that_draw_at_once_get_their_own_images(student: Engine, made: l
         (Ask("x", -1), "seed = -1"),
         (Ask("x", 2**63), "seed"),
         (Ask("x", True), "seed = True"),
+        (Ask("x", 10**5000), "2.16609 or more: give a whole number from 0"),
+        (Ask("x", 0, steps=10**5000), "made for 4"),
+        (Ask("x", 0, width=10**5000), "up to 768 pixels; the nearest is 768"),
+        (Ask("x", 0, height=-(10**5000)), "the nearest is 16"),
+        (Ask("x", 0, guidance_scale=10**400), "give 0 to 100"),
         (Ask("x", 0, guidance_scale=float("nan")), "guidance_scale"),
         (Ask("x", 0, guidance_scale="high"), "guidance_scale"),
         (Ask("x", 0, width=64.0), "width = 64.0"),
@@ -210,6 +293,8 @@ def test_a_prompt_that_every_encoder_cuts_is_told(student: Engine) -> None:
     long = " ".join(["a red circle left of a blue square"] * 20)
     assert any("longer than any text encoder" in line for line in student.resolve(Ask(long, 0))[1])
     assert student.resolve(Ask(PROMPTS[0], 0))[1] == ()
+    said = student.resolve(Ask(PROMPTS[0], 0, negative_prompt=long, guidance_scale=2.0))[1]
+    assert any(line.startswith("the negative prompt is longer") for line in said)
 
 
 def counting(made: list[list[str]], size: int = 4) -> Callable[[list[str]], list[TextCond]]:
@@ -335,6 +420,9 @@ def test_both_branches_of_a_split_student_draw_their_own_steps(tmp_path: Path) -
     engine = open_engine(tmp_path, dtype="float32", device="cpu")
     assert engine.contract.steps == (4,) and "+" in engine.contract.weights
     predictions: list[np.ndarray] = []
+    engine.draw([Ask(PROMPTS[0], 5)])
+    kept = {run.name: len(known.modulations) for (run, _), known in engine._drawer._denoiser._known._held.items()}
+    assert kept == {"high": 3, "low": 1}  # each knows its own steps alone
     engine.draw([Ask(PROMPTS[0], 5)], lambda step, steps, images: predictions.append(images))
     whole: list[np.ndarray] = []
     open_engine("bundled", dtype="float32").draw([Ask(PROMPTS[0], 5)], lambda step, steps, images: whole.append(images))

@@ -16,15 +16,17 @@ from PIL import Image
 from tiny import Call
 
 from fewstep.engine import artifact
-from fewstep.evaluate import adapters, benchmark, builtin, coco, image_sets, metrics, outcomes, scores
+from fewstep.evaluate import adapters, benchmark, builtin, coco, image_sets, manifold, metrics, outcomes, scores, variety
+from fewstep.evaluate.adapters import clip, tiny
 from fewstep.evaluate.benchmark import Benchmark, Entry
 from fewstep.models import sd3
-from fewstep.recipes import evaluation, scoring
+from fewstep.recipes import evaluation, networks, scoring
 from fewstep.stages import evaluate
 from fewstep.worlds.shapes import STUDENT_4
-from fewstep.worlds.shapes.grammar import parse
+from fewstep.worlds.shapes.grammar import GENEVAL_TASKS, parse
 from fewstep.worlds.shapes.prompts import place_ask
 from fewstep.worlds.shapes.render import render
+from fewstep.worlds.shapes.scene import WORLD_VERSION
 
 SHAPES = ("--protocol", "shapes-strict", "--per-task", "1", "--seeds", "1")  # nine images
 
@@ -110,7 +112,7 @@ def test_another_arm_is_refused_before_anything_is_drawn(call: Call, copy: Path,
     code, _, err = call("eval", "bundled", *SHAPES, "--out", copy)
     assert code == 2 and "nothing says who drew them" in err
     code, _, err = call("eval", "bundled", *SHAPES, "--steps", "7", "--out", copy.parent / "new")
-    assert code == 2 and "4 steps" in err and not (copy.parent / "new").exists()
+    assert code == 2 and "made for 4" in err and not (copy.parent / "new").exists()
 
 
 def test_true_scenes_are_all_right_and_the_wrong_size_is_refused(tmp_path: Path) -> None:
@@ -122,8 +124,9 @@ def test_true_scenes_are_all_right_and_the_wrong_size_is_refused(tmp_path: Path)
     record, _ = scoring.run(image_sets.read(folder), scoring.Wanted())
     for name in ("strict", "geneval"):
         metric = record["metrics"][name]
-        assert np.all(metric["values"]) and metric["table"]["overall"] == {
-            "mean": 1.0, "lo": 1.0, "hi": 1.0, "any_seed": 1.0, "all_seeds": 1.0, "prompts": 12}  # fmt: skip
+        assert np.all(metric["values"]) and metric["table"]["overall"] == {  # of twelve right ones all may be right by chance
+            "mean": 1.0, "lo": pytest.approx(0.025 ** (1 / 12)), "hi": 1.0,
+            "any_seed": 1.0, "all_seeds": 1.0, "prompts": 12}  # fmt: skip
     image_sets.put(folder, asked, 0, 0, np.zeros((32, 32, 3), dtype=np.uint8))
     with pytest.raises(ValueError, match="32x32 pixels"):
         scoring.run(image_sets.read(folder), scoring.Wanted())
@@ -211,7 +214,7 @@ def test_sets_of_other_tools_are_scored_as_they_are(call: Call, geneval_set: Pat
     lines = [{"filename": image_sets.file_name(p, s), "correct": True} for p, s in asked.images]
     file.write_text("\n".join(map(json.dumps, lines)))
     code, out, _ = call("eval", geneval_set, "--protocol", protocol, "--detections", file, "--name", "theirs")
-    assert code == 0 and out.startswith("theirs on geneval-first2") and "GenEval [" in out
+    assert code == 0 and out.startswith("theirs on geneval-first2") and "GenEval (as its results.jsonl says) [" in out
 
 
 # --- metrics by name
@@ -224,7 +227,7 @@ def measures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapters, "FEATURES", {"colours": None})
 
     def score(name: str, images: Any, prompts: Any = (), weights: Any = None) -> np.ndarray:
-        assert name == "redness" and len(images) == len(prompts) <= scoring.CHUNK
+        assert name == "redness" and len(images) == len(prompts) <= networks.CHUNK
         return np.array([image[..., 0].mean() + len(text) for image, text in zip(images, prompts, strict=True)])
 
     def features(name: str, images: Any, weights: Any = None) -> torch.Tensor:
@@ -249,7 +252,8 @@ def test_scores_of_images_keep_their_order_and_their_weights(call: Call, measure
     assert scores.read(folder)["metrics"]["redness"]["hash"] != metric["hash"]
     assert "give NAME=FOLDER" in call("eval", folder, "--metric", "redness", "--weights", "mine")[2]
     assert "no metric blueness (known: redness, colours)" in call("eval", folder, "--metric", "blueness")[2]
-    assert "--reference" in call("eval", folder, "--metric", "colours")[2]
+    single = made_set(tmp_path / "single", replace(asked, seeds=1))
+    assert "--reference" in call("eval", single, "--metric", "colours")[2]
 
 
 def test_distances_from_real_images(call: Call, measures: None, tmp_path: Path) -> None:
@@ -269,11 +273,76 @@ def test_distances_from_real_images(call: Call, measures: None, tmp_path: Path) 
     assert "name the network" in call("eval", folder, "--reference", real)[2]
 
 
+def test_a_real_image_of_a_caption_is_an_image_of_that_prompt(measures: None, tmp_path: Path) -> None:
+    """Generated and real image of one caption have it in common: their pair does not count, and both are left out together."""
+    how = coco.PROTOCOLS["coco5k-dinov2"]
+    entries = tuple(Entry(str(p), "", {"caption": p, "file_name": f"{p}.png"}) for p in range(20))
+    asked = replace(coco.coco("coco5k-dinov2", listed(tmp_path), 20), entries=entries)
+    images = image_sets.read(made_set(tmp_path / "c", asked))
+    rng = np.random.default_rng(0)
+    own, true = torch.from_numpy(rng.normal(size=(20, 4))), torch.from_numpy(rng.normal(size=(20, 4)))
+    made = networks.from_real("dinov2", own, images, true, {})["table"]
+    expected = metrics.kid(own, true, (range(20), range(20)))
+    assert how.reference == "matched" and (made["kid"], made["kid lo"], made["kid hi"]) == expected
+    assert made["kid"] != metrics.kid(own, true).mean
+
+
+def listed(folder: Path) -> Path:
+    path = folder / "captions.txt"
+    path.write_text("\n".join(map(str, range(20))))
+    return path
+
+
+def test_features_say_how_seeds_vary_and_how_far_another_arm_is(call: Call, measures: None, tmp_path: Path) -> None:
+    asked = Benchmark("own", tuple(Entry(f"x{p}") for p in range(8)), 3, {})
+    folder, teacher = made_set(tmp_path / "own", asked, 100), made_set(tmp_path / "t", asked, 120, name="teacher")
+    assert call("eval", folder, "--metric", "colours")[0] == 0
+    own, its = (torch.tensor([[c, 10.0 * p, 10.0 * s] for p, s in asked.images]) for c in (100.0, 120.0))
+    table = scores.read(folder)["metrics"]["colours variety"]["table"]
+    assert table["vendi"] == pytest.approx(variety.vendi(own.unflatten(0, (-1, 3))).mean()) and table["seeds"] == 3
+    assert table["mean distance lo"] <= table["mean distance"] <= table["mean distance hi"]
+    assert call("eval", folder, "--metric", "colours", "--reference", teacher)[0] == 0
+    prompts = [p for p, _ in asked.images]
+    found = scores.read(folder)["metrics"]
+    table = found["colours to teacher"]["table"]
+    assert set(found) == {"colours variety", "colours to teacher"}
+    assert table["kid"] == pytest.approx(metrics.kid(own, its, (prompts, prompts)).mean)
+    assert table["recall"] == manifold.precision_recall(its, own).recall
+    assert table["coverage"] == manifold.density_coverage(its, own).coverage
+    ratio = variety.vendi(own.unflatten(0, (-1, 3))).mean() / variety.vendi(its.unflatten(0, (-1, 3))).mean()
+    assert table["vendi ratio"] == pytest.approx(ratio) and table["vendi ratio lo"] <= table["vendi ratio hi"]
+    other = made_set(tmp_path / "other", Benchmark("own", (Entry("y"),), 2, {}))
+    assert "answers other prompts" in call("eval", folder, "--metric", "colours", "--reference", other)[2]
+    single = made_set(tmp_path / "single", Benchmark("own", (Entry("y"),), 1, {}), 9)
+    said = call("eval", single, "--metric", "colours")[2]
+    assert "--reference" in said and "two seeds or more" in said
+
+
+def test_prompts_that_are_cut_are_counted_once_and_stay_in_the_record(
+    measures: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Benchmark("own", tuple(Entry("a red circle " * (30 if p < 40 else 1) + str(p)) for p in range(50)), 2, {})
+    folder = made_set(tmp_path / "own", asked)
+
+    def score(name: str, images: Any, prompts: Any = (), weights: Any = None) -> np.ndarray:
+        clip.tokens_of(tiny.clip()[1], prompts, 77)
+        return np.zeros(len(images))
+
+    monkeypatch.setattr(adapters, "score", score)
+    record, _ = scoring.run(image_sets.read(folder), scoring.Wanted(metrics=("redness",)))
+    (said,) = scores.read(folder)["metrics"]["redness"]["warnings"]
+    assert said.startswith("40 of 50 prompts are longer than the 77 tokens") and "and 37 more" in said
+    assert f"! {said}" in scores.show(record)
+
+
 def test_a_coco_protocol_prepares_both_sides_alike(measures: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
     plain = adapters.features
     monkeypatch.setattr(adapters, "features", lambda n, i, weights=None: (seen.extend(x.shape for x in i), plain(n, i))[1])
-    asked = Benchmark("coco30k-256-bicubic-clean-first4", tuple(Entry(str(p)) for p in range(4)), 1, {"features": "colours"})
+    how = replace(coco.PROTOCOLS["coco30k-256-bicubic-clean"], features="colours")
+    monkeypatch.setitem(coco.PROTOCOLS, "mine", how)
+    (tmp_path / "captions.txt").write_text("a\nb\nc\nd\n")
+    asked = coco.coco("mine", tmp_path / "captions.txt", 4)
     real = tmp_path / "real"
     real.mkdir()
     for i in range(4):
@@ -325,6 +394,26 @@ def test_a_score_that_is_no_number_is_no_score() -> None:
         scores.single("x", "score", np.array([[1.0], [np.nan]]), ["", ""], {})
 
 
+@pytest.mark.parametrize("name", ["all", "overall", "no category"])
+def test_a_category_does_not_take_the_place_of_the_whole(name: str) -> None:
+    values = np.repeat([[0.0], [1.0]], 10, axis=0)
+    table = scores.table(values, [name] * 10 + ["x"] * 10, True)
+    assert list(table) == ["all", f"{name} (category)", "x"]
+    assert (table["all"]["mean"], table[f"{name} (category)"]["mean"], table["all"]["prompts"]) == (0.5, 0, 20)
+    tasks = [*GENEVAL_TASKS, name]
+    table = scores.table(np.array([[1.0]] * 6 + [[0.0]]), tasks, True)
+    assert table["overall"]["mean"] == 1 and table[f"{name} (category)"]["mean"] == 0 and list(table)[0] == "overall"
+
+
+def test_prompts_that_all_agree_have_an_exact_bound_and_few_are_noted(tmp_path: Path) -> None:
+    table = scores.table(np.ones((60, 4)), [""] * 60, True)
+    assert (table["all"]["lo"], table["all"]["hi"]) == (pytest.approx(0.9404, abs=1e-4), 1.0)
+    assert scores.table(np.ones((60, 4)), [""] * 60, False)["all"]["lo"] == 1.0  # a score has no bound
+    images = image_sets.read(made_set(tmp_path / "own", Benchmark("own", (Entry("a"), Entry("b")), 1, {})))
+    made = scores.begin(images) | {"metrics": {"x": scores.single("x", "verdict", np.ones((2, 1)), ["", ""], {})}}
+    assert "! Rows of fewer than 5 prompts" in scores.show(made)
+
+
 def test_tens_of_thousands_of_prompts_take_fewer_draws() -> None:
     assert [scores.draws_of(n) for n in (1, 553, 5_000, 30_000)] == [10_000, 10_000, 4_000, 1_000]
 
@@ -353,6 +442,43 @@ def test_the_guide_names_every_protocol_and_shows_this_versions_hashes() -> None
 def test_wrong_words_end_in_one_line(call: Call, words: list[Any], said: str) -> None:
     code, out, err = call("eval", *words)
     assert code == 2 and said in err and err.count("\n") == 1 and out == "" and not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steps", "2", "--guidance", "3"], "is a set of images, not a model: --steps, --guidance would draw others"),
+        (["--out", "x", "--batch", "3", "--dtype", "float32"], "--batch, --dtype, --out would draw others"),
+        (["--teacher", "x", "--base", "y", "--device", "cpu"], "--teacher, --base, --device would draw others"),
+        (["--seeds", "1", "--per-task", "1", "--prompts", "nofile.txt"], "--prompts, --per-task, --seeds goes with --protocol"),
+    ],
+)
+def test_options_of_models_do_not_go_with_sets(call: Call, tmp_path: Path, words: list[str], said: str) -> None:
+    folder = made_set(tmp_path / "own", Benchmark("own", (Entry("a"),), 1, {}))
+    code, out, err = call("eval", folder, *words)
+    assert code == 2 and said in err and not out
+
+
+def test_damaged_scores_are_made_anew(measures: None, tmp_path: Path) -> None:
+    folder = made_set(tmp_path / "own", Benchmark("own", (Entry("a"), Entry("b")), 1, {}))
+    for text in ("{", "[" * 100_000, '{"format": 1}'):
+        (folder / scores.FILE).write_text(text)
+        scoring.run(image_sets.read(folder), scoring.Wanted(metrics=("redness",)))
+        assert list(scores.read(folder)["metrics"]) == ["redness"]
+
+
+def test_a_world_that_does_not_say_which_detector_reads_it_is_refused(call: Call, tmp_path: Path) -> None:
+    folder = made_set(tmp_path / "own", Benchmark("shapes-mine", (Entry("a red circle"),), 1, {"world": str(WORLD_VERSION)}))
+    code, _, err = call("eval", folder)
+    assert code == 2 and "was written for {'detector': 'unknown'}" in err
+
+
+@pytest.mark.parametrize("name", ["strict", "geneval", "redness", "colours"])
+def test_sidecars_do_not_take_the_names_of_what_is_made_here(name: str, measures: None, copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "side.py").write_text(SIDECAR.replace("plain", name))
+    with pytest.raises(ValueError, match=f"calls itself {name}, as a metric that fewstep makes itself"):
+        scoring.run(image_sets.read(copy), scoring.Wanted(sidecar=f"{sys.executable} {tmp_path / 'side.py'} score"))
+    assert not (copy / scores.FILE).exists()
 
 
 def test_detections_do_not_go_with_other_prompts(call: Call, tmp_path: Path) -> None:

@@ -178,6 +178,9 @@ def test_nothing_is_drawn_if_one_cannot_be(engine: Engine, tmp_path: Path) -> No
         (["a", "--batch", 0], "1 or more"),
         (["a", "--steps", 3], "give 4"),
         (["a", "--seed", -4], "seed = -4"),
+        (["a", "--seed", 2**63 - 1, "--n", 2], "seeds end at 2.63 - 1"),
+        (["a", "--out", "/proc/x"], "--out /proc/x: the folder cannot be written"),
+        (["a", "--cache", "/proc/x"], "--cache /proc/x: the folder cannot be written"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_drawn(run, tmp_path: Path, words: list[object], said: str) -> None:
@@ -202,3 +205,59 @@ def test_a_page_shows_what_is_there_newest_first_and_survives_a_cut_line(engine:
     gallery.append(folder, [{**gallery.read(folder)[1], "at": "later"}])  # after a line that was cut off
     page = gallery.write(folder).read_text(encoding="utf-8")
     assert page.index('alt="first"') < page.index('alt="third"') and "2 images, newest first" in page and "later" in page
+
+
+def test_files_that_are_empty_or_damaged_are_drawn_again(engine: Engine, tmp_path: Path) -> None:
+    asks = [Ask("a", 0), Ask("b", 0), Ask("c", 0)]
+    paths = generate.draw(engine, asks, tmp_path, today="2026-01-31").paths
+    before = [path.read_bytes() for path in paths]
+    paths[0].write_bytes(b"")
+    paths[1].write_bytes(before[1][:-20])
+    assert generate.draw(engine, asks, tmp_path, today="2026-01-31").new == 2
+    assert all(np.array_equal(Image.open(path), Image.open(io.BytesIO(data))) for path, data in zip(paths, before, strict=True))
+
+
+def test_with_and_without_metadata_are_two_files_and_a_negative_prompt_without_effect_is_none(engine: Engine) -> None:
+    plain = engine.resolve(Ask("a", 0))[0]
+    assert generate.file_name(plain, engine) != generate.file_name(plain, engine, told=False)
+    without, guided = engine.resolve(Ask("a", 0, 0, "b"))[0], engine.resolve(Ask("a", 0, 0, "b", guidance_scale=2))[0]
+    assert generate.file_name(without, engine) == generate.file_name(plain, engine) != generate.file_name(guided, engine)
+
+
+def test_a_command_that_is_killed_loses_no_image_from_the_page(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the image is written, before anything else is, and before the page is: the next command writes it."""
+    written = png.write
+
+    def killed(*given: object) -> None:
+        written(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(png, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            generate.draw(engine, [Ask("a", 0)], tmp_path, today="2026-01-30")
+    assert not (tmp_path / "2026-01-30" / gallery.PAGE).exists()
+    assert generate.draw(engine, [Ask("a", 0)], tmp_path, today="2026-01-31").new == 0
+    assert 'alt="a"' in (tmp_path / "2026-01-30" / gallery.PAGE).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"warnings": 7}, {"warnings": "x"}, {"warnings": [1]}, {"seconds": "1"}, {"seconds": None}, {"at": 1}, {"model": "\ud800"},
+     {"ask": {"width": "64"}}, {"ask": {"guidance_scale": []}}, {"ask": {"prompt": None}}, {"ask": {"seed": 10**400}}],
+)  # fmt: skip
+def test_lines_of_other_types_are_left_out(engine: Engine, tmp_path: Path, change: dict[str, object]) -> None:
+    folder = generate.draw(engine, [Ask("a", 0)], tmp_path).paths[0].parent
+    (row,) = gallery.read(folder)
+    ask = row["ask"] | change["ask"] if "ask" in change else row["ask"]
+    (folder / gallery.LINES).write_text(json.dumps(row | change | {"ask": ask}))
+    assert gallery.read(folder) == []
+    assert "0 images" in gallery.write(folder).read_text(encoding="utf-8")
+
+
+def test_a_standard_input_that_is_not_utf8_says_what_to_do() -> None:
+    for errors in ("strict", "surrogateescape"):
+        with pytest.raises(ValueError, match="not UTF-8 text: convert it"):
+            generate.prompts_of("", "-", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors))

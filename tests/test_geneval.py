@@ -280,7 +280,58 @@ def test_genevals_own_results_are_taken_as_they_are(tmp_path: Path) -> None:
     ]
     found = geneval.judge(written(tmp_path / "results.jsonl", *rows), ASKED)
     assert found.right.tolist() == [[True, False], [False, True]]
-    assert found.evaluator["program"] == "geneval" and geneval.label(found.evaluator) == "GenEval"
+    assert found.evaluator == {"detector": geneval.OFFICIAL, "program": "geneval"} and not found.warnings
+    assert geneval.label(found.evaluator) == "GenEval (as its results.jsonl says)"
+
+
+def result(prompt: int, seed: int, **more) -> dict:
+    """A line as GenEval's program writes it."""
+    text = ASKED.entries[prompt].text
+    name = f"out/{prompt:05d}/samples/{seed:05d}.png"
+    return {"filename": name, "tag": "x", "prompt": text, "correct": False, "metadata": "{}", "details": "{}", **more}
+
+
+def test_results_of_a_program_that_saw_nothing_are_suspected(tmp_path: Path) -> None:
+    blind = [result(p, s, reason="expected dog>=1, found 0\nno target for cat to be above") for p, s in ASKED.images]
+    assert "nothing was found in 4 of 4" in geneval.judge(written(tmp_path / "r.jsonl", *blind), ASKED).warnings[0]
+    for more in ({"details": '{"cat": [[0, 0, 1, 1, 0.9]]}'}, {"reason": "expected dog>=3, found 2"}, {"correct": True}):
+        rows = [{**row, **more} for row in blind]
+        assert geneval.judge(written(tmp_path / "r.jsonl", *rows), ASKED).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prompt": "a cat"}, r"r\.jsonl line 2 is of the prompt 'a cat'; the benchmark's is 'a dog'"),
+        ({"correct": "yes"}, r"line 2: `correct` must be true or false, not yes"),
+        ({"correct": 1}, r"line 2: `correct` must be true or false"),
+        ({"evaluator": "mine"}, "`evaluator` must name what looked"),
+    ],
+)
+def test_results_are_held_against_the_benchmark(tmp_path: Path, change: dict, said: str) -> None:
+    rows = [result(p, s, reason="") for p, s in ASKED.images]
+    rows[1] |= change
+    with pytest.raises(ValueError, match=said):
+        geneval.judge(written(tmp_path / "r.jsonl", *rows), ASKED)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"include": 5},
+        {"include": [5]},
+        {"include": [{"class": "dog"}]},
+        {"include": [{"class": "dog", "count": 0}]},
+        {"include": [{"class": "dog", "count": 1, "color": 3}]},
+        {"include": [{"class": "dog", "count": 1, "position": ["left of", 0]}]},
+        {"include": [{"class": "dog", "count": 1}], "exclude": [{"count": 1}]},
+        {"include": [{"class": "dog", "count": 1}], "exclude": 3},
+    ],
+)
+def test_prompts_whose_facts_are_none_are_named(tmp_path: Path, facts: dict) -> None:
+    asked = Benchmark("own", (Entry("a dog", "", DOG), Entry("b", "", facts)), 1, {})
+    with pytest.raises(ValueError, match="own, prompt 1: "):
+        geneval.judge(written(tmp_path / "d.jsonl", line(0, 0), line(1, 0)), asked)
 
 
 def test_coco_names_and_probabilities_of_colours(tmp_path: Path) -> None:
@@ -305,6 +356,8 @@ def test_coco_names_and_probabilities_of_colours(tmp_path: Path) -> None:
         (lambda x: x[0].update(evaluator={"detector": "other"}), "several evaluators"),
         (lambda x: x[0]["detections"][0].update(box=[1, 2, 3]), "`box` must be"),
         (lambda x: x[0]["detections"][0].update(box=[1, 2, 3, math.nan]), "`box` must be"),
+        (lambda x: x[0]["detections"][0].update(box=[1, 2, 3, 10**400]), "`box` must be"),
+        (lambda x: x[0]["detections"][0].update(score=10**400), "`score` must be 0 to 1"),
         (lambda x: x[0]["detections"][0].update(score=1.5), "`score` must be 0 to 1"),
         (lambda x: x[0]["detections"][0].update(score=True), "`score` must be 0 to 1"),
         (lambda x: x[0]["detections"][0].update({"class": "unicorn"}), "'unicorn' is none of GenEval's 80 classes"),

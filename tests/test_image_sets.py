@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fewstep.evaluate import benchmark, image_sets
+from fewstep.evaluate import benchmark, image_sets, scores, sidecar
 from fewstep.evaluate.benchmark import Benchmark, Entry
 
 ASKED = Benchmark("mine", (Entry("a cat", "single_object", {"include": [{"class": "cat", "count": 1}]}), Entry("b")), 2, {})
@@ -87,6 +87,25 @@ def test_a_set_of_another_tool_needs_the_protocol_and_its_prompts(folder: Path) 
         image_sets.read(folder, ASKED)
     (folder / "00001" / "metadata.jsonl").unlink()
     assert image_sets.read(folder, ASKED).benchmark == ASKED
+
+
+def test_images_of_genevals_own_generator_are_read(folder: Path) -> None:
+    """It numbers samples with five digits, and says nothing of protocol and model."""
+    before = scores.images_hash(folder, ASKED)
+    for name in (image_sets.BENCHMARK, image_sets.SAMPLING):
+        (folder / name).unlink()
+    for prompt, seed in ASKED.images:
+        path = folder / image_sets.file_name(prompt, seed)
+        path.rename(path.with_name(f"{seed:05d}.png"))
+    images = image_sets.read(folder, ASKED)
+    assert all(np.array_equal(images.image(*i), picture(*i)) for i in ASKED.images)
+    assert scores.images_hash(folder, ASKED) == before
+    assert all(Path(r["file"]).is_file() for r in sidecar.requests_of(images))
+    with pytest.raises(ValueError, match="nothing says who drew them"):
+        image_sets.begin(folder, ASKED, SAMPLING)
+    (folder / "00001" / "samples" / "00000.png").unlink()
+    with pytest.raises(ValueError, match=r"lacks 1 of 4 images of mine: 00001/samples/0000\.png"):
+        image_sets.read(folder, ASKED)
 
 
 def test_damage_is_named(folder: Path) -> None:

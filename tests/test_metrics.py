@@ -296,3 +296,11 @@ def refusals() -> list[tuple[str, Callable[[], object]]]:
 def test_what_cannot_be_measured_is_refused(said: str, act: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match=said):
         act()
+
+
+def test_few_points_of_many_dimensions_take_the_short_way_to_the_same_distance() -> None:
+    draw = torch.Generator().manual_seed(3)
+    a, b = torch.randn(12, 40, generator=draw), 2 * torch.randn(9, 40, generator=draw) + 1
+    long = metrics.frechet(metrics.moments(a), metrics.moments(b)).value
+    assert metrics.frechet(a, b).value == pytest.approx(long, rel=1e-7) == metrics.frechet(b, a).value
+    assert metrics.frechet(a, a).value == pytest.approx(0, abs=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +133,35 @@ def test_a_record_that_cannot_be_is_refused(drawn: list[Path], tmp_path: Path, c
 def test_an_ask_that_cannot_be_drawn_is_refused(drawn: list[Path], tmp_path: Path, change: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         generate.replay(changed(drawn[0], tmp_path / "x.png", change))
+
+
+def test_numbers_that_no_float_holds_are_refused_with_the_fix(drawn: list[Path], tmp_path: Path) -> None:
+    for name in ("guidance_scale", "seed"):
+        with pytest.raises(ValueError, match=f"{name} = .*: give"):
+            generate.replay(changed(drawn[0], tmp_path / "x.png", asked(**{name: 10**400})))
+
+
+def test_what_a_file_says_steers_no_terminal_and_forges_no_line(drawn: list[Path], tmp_path: Path) -> None:
+    bad = "1\x1b[2J\x07\u202e\nfewstep: the same: all values agree\u2028x"
+    pixels = np.asarray(Image.open(drawn[0])).copy()
+    pixels[0, 0] = pixels[0, 0] // 2 + 1
+
+    def hostile(record: dict[str, Any]) -> None:
+        record["model"]["name"], record["pixels"] = bad, png.hash_of(pixels)
+        record["environment"] |= {"torch": bad, bad: "x"}
+
+    said = generate.show(generate.replay(changed(drawn[0], tmp_path / "x.png", hostile, image=pixels)))
+    assert "torch: 1 [2J" in said and len(said.splitlines()) == 3
+    assert all(line.isprintable() for line in said.split("\n"))
+    with pytest.raises(ValueError, match="damaged or was changed") as refused:
+        png.read(changed(drawn[0], tmp_path / "y.png", lambda record: record["ask"].update({bad: 1})))
+    assert str(refused.value).isprintable()
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(ValueError, match="not a file"):
+        png.read(tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("raw", ["{", "[]", "7", "null", "[" * 20_000, "9" * 5000, '{"format": NaN}', "x" * 100_000, ""])

@@ -18,9 +18,8 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from serving import GRID, Painter, colour, pixels, pixels64, running
 
-from fewstep.serve.api import shown
 from fewstep.serve.server import app
-from fewstep.serve.service import Rates, Settings, Store
+from fewstep.serve.service import Rates, Settings, Store, shown
 from fewstep.worlds.shapes import STUDENT_4
 
 PATH = "/v1/images/generations"
@@ -284,7 +283,11 @@ def test_health_figures_and_the_description_of_the_api(client: TestClient) -> No
     described = client.get("/openapi.json").json()
     assert {PATH, "/v1/models", "/sdapi/v1/txt2img", "/healthz"} <= set(described["paths"])
     docs = client.get("/docs").text
-    assert "num_inference_steps" in docs and "http" not in docs.replace("http://127.0.0.1:8188", "").replace('"/', "")
+    assert "num_inference_steps" in docs and "http" not in docs.replace("http://testserver/", "").replace('"/', "")
+    assert "curl http://testserver/v1/images/generations" in docs
+    line = client.app.state.service.lines["painter"]  # type: ignore[attr-defined]
+    line.broken = "no memory"
+    assert client.get("/healthz").json()["models"]["painter"]["broken"] == "no memory"
 
 
 def test_the_key_is_asked_for_everywhere_but_at_the_page_and_health() -> None:
@@ -299,14 +302,15 @@ def test_the_key_is_asked_for_everywhere_but_at_the_page_and_health() -> None:
         wrong = ["", "Bearer", "Bearer secret", "sécret", "Basic sécret", "Basic !!", basic[1]]
         for given, status in [*((r, 200) for r in right), *((w, 401) for w in wrong)]:
             # header values are bytes; clients write UTF-8
-            assert client.get("/v1/models", headers={"Authorization": given.encode()}).status_code == status, given
+            assert client.get("/v1/models", headers={b"Authorization": given.encode()}).status_code == status, given
 
 
 def test_a_server_on_the_loopback_address_answers_to_its_own_names_alone() -> None:
     """Else a page could bind a name of its own to 127.0.0.1, and read what is drawn here."""
     settings = Settings(hosts=("127.0.0.1", "localhost", "::1"))
     with TestClient(app({"painter": Painter()}, settings)) as client:
-        own, others = ("127.0.0.1:8188", "localhost", "[::1]:8188"), ("evil.example", "", "localhost.evil.example")
+        own = ("127.0.0.1:8188", "localhost", "LocalHost:8188", "[::1]:8188")
+        others = ("evil.example", "", "localhost.evil.example")
         for host, status in [*((name, 200) for name in own), *((name, 421) for name in others)]:
             assert client.get("/v1/models", headers={"Host": host}).status_code == status, host
         headers = client.get("/", headers={"Host": "localhost"}).headers
@@ -316,6 +320,8 @@ def test_a_server_on_the_loopback_address_answers_to_its_own_names_alone() -> No
 def test_settings_and_names_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match="never fit a queue of 4"):
         Settings(queue=4)
+    with pytest.raises(ValueError, match="timeout_s = nan"):
+        Settings(timeout_s=float("nan"))
     with pytest.raises(ValueError, match="batch = 0"):
         Settings(batch=0)
     with pytest.raises(ValueError, match="needs a model"):
@@ -327,6 +333,7 @@ def test_settings_and_names_that_cannot_work_are_refused() -> None:
 def test_the_bundled_student_answers_with_its_own_image() -> None:
     from fewstep.serve.contract import Ask
     from fewstep.serve.engine import open_engine
+    from fewstep.serve.queue import Stopped
 
     engine = open_engine(STUDENT_4)
     with TestClient(app({"student": engine})) as client:
@@ -336,6 +343,15 @@ def test_the_bundled_student_answers_with_its_own_image() -> None:
         assert np.abs(pixels64(entry["b64_json"]).astype(int) - own).max() <= 1
         assert entry["fewstep"]["weights"] == engine.contract.weights and entry["fewstep"]["warnings"] == []
     assert np.abs(pixels64(answer[0]["b64_json"]).astype(int) - pixels64(answer[1]["b64_json"])).max() > 50
+    seen: list[tuple[int, tuple[int, ...]]] = []
+    asks = [Ask("a blue square", seed=i) for i in range(3)]
+    made = engine.draw(asks, lambda step, steps, images: seen.append((step, images.shape)), watched=[1], shown=[2])
+    assert seen == [(k, (int(k == 2), 64, 64, 3)) for k in (1, 2, 3, 4)], "one picture of one image"
+    plain = engine.draw(asks)
+    assert all(np.array_equal(one.image, other.image) for one, other in zip(made, plain, strict=True))
+    assert "preview" in made[0].seconds and "preview" not in plain[0].seconds
+    with pytest.raises(Stopped):
+        engine.draw(asks, stopped=lambda: True)
 
 
 @pytest.mark.parametrize(

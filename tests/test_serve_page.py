@@ -136,6 +136,43 @@ def test_keys_seeds_history_and_download(page: Any) -> None:
     assert page.locator("#history button").count() == 0
 
 
+def test_an_image_that_is_not_kept_yet_does_not_shift_the_history(page: Any) -> None:
+    page.fill("#seed", "7")
+    page.fill("#prompt", "one")
+    wait_for_colour(page, colour("one", 7))
+    done(page)
+    page.locator("#history button").wait_for()  # after it rested
+    for select in ("click", "arrow"):
+        page.fill("#prompt", f"by {select}")
+        wait_for_colour(page, colour(f"by {select}", 7))
+        done(page)
+        newest = page.locator("#history button").first.get_attribute("title").partition(",")[0]
+        if select == "click":
+            page.locator("#history button").first.click()
+        else:
+            page.focus("#prompt")
+            page.keyboard.press("ArrowUp")
+        assert page.input_value("#prompt") == newest != f"by {select}"
+        assert page.locator("#history button").first.get_attribute("title") == f"by {select}, seed 7"
+        current = page.locator('#history button[aria-current="true"]').get_attribute("title")
+        assert current == f"{newest}, seed 7"
+
+
+def test_the_history_and_the_link_keep_all_that_an_image_was_made_with(page: Any) -> None:
+    page.select_option("#model", "teacher")
+    page.fill("#seed", "4")
+    page.fill("#prompt", "x")
+    done(page)
+    page.locator("#history button").wait_for()
+    page.fill("#negative", "y")
+    playwright.expect(page.locator("#history button")).to_have_count(2)
+    page.reload()
+    page.locator("#examples button").first.wait_for(state="attached")
+    playwright.expect(page.locator("#model")).to_have_value("teacher")
+    page.locator("#history button").first.click()
+    assert page.input_value("#negative") == "y"
+
+
 def test_two_models_draw_from_the_same_noise_side_by_side(page: Any, painters: dict[str, Painter]) -> None:
     page.fill("#seed", "5")
     page.fill("#prompt", "x")
@@ -206,6 +243,7 @@ def test_a_phone_shows_it_without_scrolling_sideways_and_everything_has_a_name(b
     done(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert page.locator("#settings").get_attribute("open") is None
+    assert page.evaluate("getComputedStyle(document.querySelector('header label')).fontSize") == "0px", "there is no room"
     named = "e.labels?.length || e.textContent.trim() || e.querySelector('img[alt]')"
     every = "[...document.querySelectorAll('button, input, select')]"
     assert page.evaluate(f"{every}.length") > 10

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from serving import Painter, colour, paint
 
-from fewstep.serve.contract import Ask
+from fewstep.serve.contract import Ask, Contract
 from fewstep.serve.queue import Died, Down, Full, Line, TooLate
 from fewstep.serve.workers import InProcess, Process, Spec
 
@@ -255,6 +255,89 @@ def test_a_model_that_does_not_open_says_why(tmp_path: Path) -> None:
         with pytest.raises(Down, match="only once"):
             line.put(filled(line, asks(1)))
         assert line.alive() == 0
+        await line.close()
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("source", "said"), [("damaged", "damaged cannot be opened: KeyError: 'time_embed.weight'"), ("dies", r"has ended \(7\)")]
+)
+def test_whatever_ends_a_worker_on_opening_is_one_clear_error(source: str, said: str) -> None:
+    async def work() -> None:
+        with pytest.raises(ValueError, match=said):
+            await Line("painter", [Process(Spec(source, {}, OPENER))]).start()
+
+    run(work())
+
+
+class Mortal(InProcess):
+    """A worker that dies when it is told to."""
+
+    def __init__(self, painter: Painter) -> None:
+        super().__init__(painter)
+        self.ended = asyncio.Event()
+
+    def alive(self) -> bool:
+        return not self.ended.is_set()
+
+    async def start(self) -> Contract:
+        self.ended = asyncio.Event()
+        return self.engine.contract
+
+    async def gone(self) -> None:
+        await self.ended.wait()
+
+
+@pytest.mark.parametrize("ticks", range(5))
+def test_no_request_is_lost_when_a_worker_dies_while_a_batch_waits(ticks: int) -> None:
+    async def work() -> None:
+        hand = Mortal(Painter())
+        line = await opened(Line("painter", [hand], wait_s=0.05))
+        jobs = line.put(filled(line, asks(1)))
+        await asyncio.sleep(0.01)  # the batch waits for more
+
+        async def die() -> None:
+            for _ in range(ticks):
+                await asyncio.sleep(0)
+            hand.ended.set()
+
+        dying = asyncio.create_task(die())
+        jobs += line.put(filled(line, asks(1)))
+        await line.collect(jobs, 5)
+        await dying
+        await line.close()
+
+    run(work())
+
+
+def test_pictures_on_the_way_are_made_only_for_those_who_watch() -> None:
+    async def work() -> None:
+        painter = Painter(step_s=0.002)
+        line = await opened(line_of(painter))
+        seen: list[tuple[int, int]] = []
+        jobs = line.put(filled(line, asks(3)))
+        jobs += line.put(filled(line, [Ask("watched", seed=9)]), lambda k, n, im: seen.append((k, int(im[0, 0, 0]))), {1, 3})
+        await line.collect(jobs, 10)
+        assert len(painter.batches) == 1 and painter.previews == [(1, 1), (3, 1)]
+        red = colour("watched", 9)[0]
+        assert seen == [(1, red // 4), (3, red // 2)]
+        await line.close()
+
+    run(work())
+
+
+def test_a_long_drawing_that_nobody_watches_is_stopped_without_pictures() -> None:
+    async def work() -> None:
+        painter = Painter(step_s=0.01, steps=(), default_steps=200)
+        line = await opened(line_of(painter, batch=1))
+        jobs = line.put(filled(line, asks(1)))
+        while not line.running or not line.running[0].step:
+            await asyncio.sleep(0.005)
+        line.drop(jobs)
+        (other,) = await line.collect(line.put(filled(line, asks(1, steps=2))), 10)
+        assert tuple(other.image[0, 0]) == colour("prompt 0", 0)
+        assert painter.steps_done < 150 and painter.previews == []
         await line.close()
 
     run(work())

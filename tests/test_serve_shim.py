@@ -14,6 +14,88 @@ from serving import Painter, colour, pixels64
 from fewstep.serve.server import app
 
 PATH = "/sdapi/v1/txt2img"
+# What the web UI describes as a request of its own, with every default.
+DESCRIBED: dict[str, Any] = {
+    "negative_prompt": "",
+    "styles": [],
+    "seed": 3,
+    "subseed": -1,
+    "subseed_strength": 0,
+    "seed_resize_from_h": -1,
+    "seed_resize_from_w": -1,
+    "sampler_name": "Euler",
+    "scheduler": "Automatic",
+    "batch_size": 1,
+    "n_iter": 1,
+    "steps": 50,
+    "cfg_scale": 7,
+    "width": 64,
+    "height": 64,
+    "restore_faces": False,
+    "tiling": False,
+    "do_not_save_samples": False,
+    "do_not_save_grid": False,
+    "eta": 0,
+    "denoising_strength": 0,
+    "s_min_uncond": 0,
+    "s_churn": 0,
+    "s_tmax": 0,
+    "s_tmin": 0,
+    "s_noise": 0,
+    "override_settings": {},
+    "override_settings_restore_afterwards": True,
+    "refiner_checkpoint": "",
+    "refiner_switch_at": 0,
+    "disable_extra_networks": False,
+    "firstpass_image": "",
+    "comments": {},
+    "enable_hr": False,
+    "firstphase_width": 0,
+    "firstphase_height": 0,
+    "hr_scale": 2,
+    "hr_upscaler": "",
+    "hr_second_pass_steps": 0,
+    "hr_resize_x": 0,
+    "hr_resize_y": 0,
+    "hr_checkpoint_name": "",
+    "hr_sampler_name": "",
+    "hr_scheduler": "",
+    "hr_prompt": "",
+    "hr_negative_prompt": "",
+    "force_task_id": "",
+    "sampler_index": "Euler",
+    "script_name": "",
+    "script_args": [],
+    "send_images": True,
+    "save_images": False,
+    "alwayson_scripts": {},
+    "infotext": "",
+}
+# What a chat program sends (SillyTavern), with settings of its user.
+CHAT: dict[str, Any] = {
+    "negative_prompt": "",
+    "sampler_name": "Euler",
+    "scheduler": "Automatic",
+    "steps": 4,
+    "cfg_scale": 1,
+    "width": 64,
+    "height": 64,
+    "restore_faces": False,
+    "enable_hr": False,
+    "hr_upscaler": "Latent",
+    "hr_scale": 1.5,
+    "hr_additional_modules": [],
+    "denoising_strength": 0.45,
+    "hr_second_pass_steps": 12,
+    "seed": 3,
+    "override_settings": {"CLIP_stop_at_last_layers": 2},
+    "override_settings_restore_afterwards": True,
+    "clip_skip": 2,
+    "save_images": True,
+    "send_images": True,
+    "do_not_save_grid": False,
+    "do_not_save_samples": False,
+}
 # What a form of such a client sends, all fields with their defaults.
 FORM: dict[str, Any] = {
     "negative_prompt": "",
@@ -62,6 +144,21 @@ def test_a_whole_form_draws(client: TestClient) -> None:
     assert answer["parameters"]["steps"] == 4 and answer["parameters"]["fewstep"]["size"] == "64x32"
 
 
+@pytest.mark.parametrize(
+    ("form", "warned"),
+    [
+        (DESCRIBED, ["steps = 50", "cfg_scale = 7"]),
+        (CHAT, ["save_images", "clip_skip = 2", "CLIP_stop_at_last_layers = 2"]),
+    ],
+)
+def test_forms_of_real_clients_draw(client: TestClient, form: dict[str, Any], warned: list[str]) -> None:
+    answer = client.post(PATH, json={"prompt": "x", **form})
+    assert answer.status_code == 200, answer.text
+    assert tuple(pixels64(answer.json()["images"][0])[0, 0]) == colour("x", 3)
+    said = json.loads(answer.json()["info"])["warnings"]
+    assert len(said) == len(warned) and all(any(w.startswith(word) for w in said) for word in warned), said
+
+
 def test_a_form_gives_way_to_the_contract_and_is_told(client: TestClient) -> None:
     body = {"prompt": "x", "seed": -1, "steps": 20, "cfg_scale": 7, "sampler_name": "DPM++ 2M", "scheduler": "Karras"}
     answer = client.post(PATH, json=body).json()
@@ -82,7 +179,8 @@ def test_a_form_gives_way_to_the_contract_and_is_told(client: TestClient) -> Non
         ({"styles": ["noir"]}, "styles"),
         ({"subseed_strength": 0.5}, "subseed_strength"),
         ({"alwayson_scripts": {"controlnet": {}}}, "alwayson_scripts"),
-        ({"save_images": True}, "save_images"),
+        ({"s_churn": 3}, "s_churn"),
+        ({"infotext": "Steps: 3"}, "infotext"),
         ({"override_settings": {"eta_noise_seed_delta": 3}}, "eta_noise_seed_delta"),
         ({"init_images": ["x"]}, "unknown field 'init_images'"),
         ({"batch_size": 100}, "at most 10"),

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from fewstep.evaluate import image_sets, sidecar
 from fewstep.evaluate.benchmark import Benchmark, Entry
 from fewstep.evaluate.image_sets import ImageSet
+from fewstep.recipes import scoring
 from fewstep.worlds.shapes.detect import detect
 from fewstep.worlds.shapes.grammar import parse
 from fewstep.worlds.shapes.prompts import place_ask
@@ -58,14 +59,18 @@ def images(tmp_path: Path) -> ImageSet:
     return image_sets.read(folder)
 
 
+def ask(images: ImageSet, words: list[str], partial: Path, check: Any = sidecar.scored, **more: Any) -> sidecar.Results:
+    """Ask about every image of a set; answers are kept in `partial`."""
+    return sidecar.run(words, sidecar.requests_of(images), partial=partial, check=check, **more)
+
+
 def test_detections_of_a_set_in_the_agreed_format(images: ImageSet, tmp_path: Path) -> None:
     shown: list[tuple[int, int]] = []
-    out = sidecar.detections(images, COLOURS, tmp_path / "new" / "detections.jsonl", on_progress=lambda *n: shown.append(n))
-    rows = sidecar.read(out)
-    assert [r["file"] for r in rows] == [image_sets.file_name(p, s) for p, s in images.benchmark.images]
-    assert shown == [(1, 4), (2, 4), (3, 4), (4, 4)] and os.listdir(out.parent) == ["detections.jsonl"]
-    for row, (prompt, seed) in zip(rows, images.benchmark.images, strict=True):
-        assert row["evaluator"] == {"sidecar": "colours", "version": "1", "needs": ["file"]}
+    found = ask(images, COLOURS, tmp_path / "kept", sidecar.detected, on_progress=lambda *n: shown.append(n))
+    assert list(found.answers) == [image_sets.file_name(p, s) for p, s in images.benchmark.images]
+    assert shown == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert found.evaluator == {"sidecar": "colours", "version": "1", "needs": ["file"]}
+    for row, (prompt, seed) in zip(found.answers.values(), images.benchmark.images, strict=True):
         truth = detect(images.image(prompt, seed)).objects
         assert sorted(d["color"] for d in row["detections"]) == sorted(o.color for o in truth)
         for found in row["detections"]:
@@ -76,10 +81,13 @@ def test_detections_of_a_set_in_the_agreed_format(images: ImageSet, tmp_path: Pa
 
 
 def test_scores_of_a_set(images: ImageSet, tmp_path: Path) -> None:
-    rows = sidecar.read(sidecar.scores(images, [*COLOURS, "--mean"], tmp_path / "scores.jsonl"))
-    for row, (prompt, seed) in zip(rows, images.benchmark.images, strict=True):
-        assert row["score"] == pytest.approx(images.image(prompt, seed).mean() / 255, abs=1e-9)
-        assert row["evaluator"]["sidecar"] == "brightness"
+    made = scoring.by_sidecar(images, " ".join([*COLOURS, "--mean"]))["brightness"]
+    assert made["kind"] == "score" and made["evaluator"]["sidecar"] == "brightness"
+    for prompt, seed in images.benchmark.images:
+        assert made["values"][prompt][seed] == pytest.approx(images.image(prompt, seed).mean() / 255, abs=1e-9)
+    rows = [json.loads(line) for line in (images.folder / "brightness.jsonl").read_text().splitlines()]
+    assert [[r["score"] for r in rows[:2]], [r["score"] for r in rows[2:]]] == made["values"]
+    assert not list(images.folder.glob("*.partial")) and not list(images.folder.glob("*.new"))
 
 
 def test_requests_name_everything_that_a_sidecar_may_need(images: ImageSet) -> None:
@@ -113,6 +121,15 @@ MISBEHAVIOURS = {
     "is silent": ([HELLO, "say({'id': 'a', 'score': 1}); time.sleep(60)"], r"was silent for 0\.5 s and left 3 of 4"),
     "never says what it is": (["time.sleep(60)"], r"was silent for 0\.8 s and did not say what it is"),
     "greets badly": (["print('Loading...')", HELLO], "must be a JSON object with sidecar and version, not 'Loading"),
+    "greets with NaN": (
+        ["say({'sidecar': 'x', 'version': '1', 'temperature': float('nan')})", "asked()"],
+        "first line holds a number that is not finite",
+    ),
+    "greets with a large number": (
+        ["print('{\"sidecar\": \"x\", \"version\": \"1\", \"t\": 1e999}', flush=True)"],
+        "first line holds a number that is not finite",
+    ),
+    "greets deeply": (["print('[' * 100000)"], "must be a JSON object with sidecar and version"),
     "greets without a version": (["say({'sidecar': 'x'})"], "first line must be a JSON object with sidecar and version"),
     "babbles": ([HELLO, "print('  3%|#  |')", "asked()"], r"what is not an answer, a JSON object with an id: '  3%\|#"),
     "answers a list": ([HELLO, "say([1])", "asked()"], "said what is not an answer"),
@@ -156,23 +173,26 @@ def test_answers_that_are_not_what_was_asked_for(images: ImageSet, tmp_path: Pat
         ("detections", [{**good, "color": 4}], '"color" of a detection must be a word, not 4'),
         ("score", "high", '"score" must be a finite number, not high'),
         ("score", float("inf"), '"score" must be a finite number, not inf'),
+        ("score", 10**400, '"score" must be a finite number, not 1000'),
+        ("detections", [{**good, "box": [0, 0, 5, 10**400]}], r'"box" must be'),
     ):
         reply = f"[say({{'id': r['id'], {key!r}: json.loads({json.dumps(json.dumps(value))})}}) for r in asked()]"
         words = script(tmp_path, HELLO, reply)
         with pytest.raises(ValueError, match=f"answered badly about 00000/samples/0000.png: {said}"):
-            (sidecar.detections if key == "detections" else sidecar.scores)(images, words, tmp_path / "out.jsonl")
-    assert not (tmp_path / "out.jsonl").exists()
+            ask(images, words, tmp_path / "kept", sidecar.detected if key == "detections" else sidecar.scored)
+    assert len((tmp_path / "kept").read_text().splitlines()) == 1  # the evaluator alone: no such answer is kept
 
 
 def test_an_answer_cannot_pass_for_another_file_or_evaluator(images: ImageSet, tmp_path: Path) -> None:
     words = script(tmp_path, HELLO, "[say({'id': r['id'], 'score': 1, 'file': 'x', 'evaluator': {}, 'n': 2}) for r in asked()]")
-    first = sidecar.read(sidecar.scores(images, words, tmp_path / "out.jsonl"))[0]
+    scoring.by_sidecar(images, " ".join(words))
+    first = json.loads((images.folder / "test.jsonl").read_text().splitlines()[0])
     assert first["file"] == "00000/samples/0000.png" and first["evaluator"]["sidecar"] == "test" and first["n"] == 2
 
 
 def test_an_interrupted_evaluation_goes_on(images: ImageSet, tmp_path: Path) -> None:
     """Dies after two answers; the second time it is asked about the other two alone. A redrawn image is asked again."""
-    log, out = tmp_path / "asked.txt", tmp_path / "out.jsonl"
+    log, partial = tmp_path / "asked.txt", tmp_path / "kept"
     body = [
         HELLO,
         f"log = open({str(log)!r}, 'a')",
@@ -184,42 +204,51 @@ def test_an_interrupted_evaluation_goes_on(images: ImageSet, tmp_path: Path) -> 
     names = [r["id"] for r in sidecar.requests_of(images)]
     words = script(tmp_path, f"os.chdir({str(tmp_path)!r})", *body)
     with pytest.raises(ValueError, match="left 2 of 4"):
-        sidecar.scores(images, words, out)
-    partial = tmp_path / "out.jsonl.partial"
+        ask(images, words, partial)
     with partial.open("a") as file:
         file.write('{"id": "00001/samples/0000.png", "key": "cut o')  # a kill in the middle of a line
     (tmp_path / "well").touch()
-    sidecar.scores(images, words, out)
-    assert log.read_text().split() == [*names[:2], *names[2:]] and not partial.exists()
-    assert [r["score"] for r in sidecar.read(out)] == [0, 1, 0, 1]
+    found = ask(images, words, partial)
+    assert log.read_text().split() == [*names[:2], *names[2:]]
+    assert [r["score"] for r in found.answers.values()] == [0, 1, 0, 1]
 
-    (tmp_path / "well").unlink()
-    log.unlink()
+    for path in (tmp_path / "well", log, partial):
+        path.unlink()
     with pytest.raises(ValueError, match="left 2 of 4"):
-        sidecar.scores(images, words, out)
+        ask(images, words, partial)
     (tmp_path / "well").touch()
     image_sets.put(images.folder, images.benchmark, 0, 0, np.zeros((64, 64, 3), np.uint8))
-    sidecar.scores(images, words, out)
+    ask(images, words, partial)
     assert log.read_text().split() == [*names[:2], names[0], *names[2:]]
 
 
 def test_answers_of_another_evaluator_are_not_mixed_in(images: ImageSet, tmp_path: Path) -> None:
-    out = tmp_path / "out.jsonl"
+    kept = tmp_path / "out.jsonl.partial"
     first = script(tmp_path, HELLO, "say({'id': asked()[0]['id'], 'score': 1})")
     with pytest.raises(ValueError, match="left 3 of 4"):
-        sidecar.scores(images, first, out)
+        ask(images, first, kept)
     second = script(tmp_path, HELLO.replace('"1"', '"2"'), "[say({'id': r['id'], 'score': 2}) for r in asked()]")
     said = r"out\.jsonl\.partial holds answers of another evaluator \(sidecar test 1, now sidecar test 2\)"
     with pytest.raises(ValueError, match=said):
-        sidecar.scores(images, second, out)
-    (tmp_path / "out.jsonl.partial").unlink()
-    assert {r["score"] for r in sidecar.read(sidecar.scores(images, second, out))} == {2}
+        ask(images, second, kept)
+    kept.unlink()
+    assert {r["score"] for r in ask(images, second, kept).answers.values()} == {2}
 
 
 def test_nothing_is_started_when_everything_is_answered(tmp_path: Path) -> None:
     words, kept = script(tmp_path, HELLO.replace('"file"', ""), "[say(r) for r in asked()]"), tmp_path / "kept.jsonl"
     found = sidecar.run(words, ASKED, partial=kept)
     assert sidecar.run(["no such program"], ASKED, partial=kept) == found
+
+
+def test_an_evaluator_that_is_not_welcome_is_asked_nothing(tmp_path: Path) -> None:
+    def refuse(told: Any) -> None:
+        raise ValueError(f"{told['sidecar']} is not welcome")
+
+    words = script(tmp_path, HELLO.replace('"file"', ""), "rows = asked()", f"open({str(tmp_path / 'asked')!r}, 'w').close()")
+    with pytest.raises(ValueError, match="test is not welcome"):
+        sidecar.run(words, ASKED, accept=refuse)
+    assert not (tmp_path / "asked").exists()
 
 
 def test_no_shell_and_no_python_paths_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,11 +285,6 @@ def test_commands_and_requests_that_cannot_be(tmp_path: Path) -> None:
         sidecar.run(COLOURS, [*ASKED, {"id": "a"}])
     with pytest.raises(ValueError, match=r"gone\.png cannot be read"):
         sidecar.run(COLOURS, [{"id": "a", "file": str(tmp_path / "gone.png")}])
-    (tmp_path / "x.jsonl").write_text('{"file": "a", "score": 1}\n{"file": "b"}\n')
-    with pytest.raises(ValueError, match=r"x\.jsonl, line 2: not an object with file and detections or score"):
-        sidecar.read(tmp_path / "x.jsonl")
-    with pytest.raises(ValueError, match="let a sidecar write it"):
-        sidecar.read(tmp_path / "y.jsonl")
 
 
 def test_the_example_tells_of_an_image_that_it_cannot_read(tmp_path: Path) -> None:

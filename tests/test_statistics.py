@@ -12,6 +12,8 @@ from fewstep.evaluate.statistics import (
     percentiles,
     resampling,
     shares,
+    unseen,
+    with_bounds,
 )
 from fewstep.worlds.shapes.grammar import GENEVAL_TASKS, TASKS
 
@@ -145,3 +147,33 @@ def test_over_runs_holds_what_runs_differ_by() -> None:
     assert estimate.hi - estimate.lo == pytest.approx(2 * 1.96 * deviation, rel=0.1)
     with pytest.raises(ValueError, match="runs, prompts, seeds"):
         over_runs(right[0], ["colors"] * 40)
+
+
+def test_the_bound_of_prompts_that_agree_is_clopper_and_pearsons() -> None:
+    from scipy.stats import binomtest
+
+    for n in (1, 12, 60):
+        for right in (0, n):
+            expected = binomtest(right, n).proportion_ci(0.95, "exact")
+            assert unseen(right / n, n, 0, 1) == pytest.approx((right / n, expected.low, expected.high))
+    mean, lo, hi = unseen(0.0, 60, -1, 1)  # differences: an exception may go either way
+    assert mean == 0 and -lo == hi == pytest.approx(1 - 0.025 ** (1 / 60))
+
+
+def test_bounds_stand_only_where_no_prompt_differs() -> None:
+    values = np.ones((len(EVERY), 2))
+    found = with_bounds(bootstrap(values, EVERY, draws=50), values, EVERY, 0, 1)
+    assert found["colors"].lo == pytest.approx(0.025 ** (1 / 5)) and found[OVERALL].lo == pytest.approx(0.025 ** (1 / 30))
+    values[EVERY.index("colors"), 0] = 0
+    plain = bootstrap(values, EVERY, draws=50)
+    found = with_bounds(plain, values, EVERY, 0, 1)
+    assert found["colors"] == plain["colors"] and found[OVERALL] == plain[OVERALL] and found["position"].lo < 1
+
+
+def test_bounds_hold_the_truth_where_hardly_anything_fails() -> None:
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(300):
+        right = rng.random((80, 4)) < rng.beta(2.97, 0.03, (80, 1))  # right on 99 %, correlation 1 / 4
+        e = with_bounds(bootstrap(right, ["t"] * 80, draws=300), right, ["t"] * 80, 0, 1)["t"]
+        held += e.lo <= 0.99 <= e.hi
+    assert held / 300 > 0.9

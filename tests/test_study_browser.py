@@ -29,7 +29,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Store, st
     """A study of teacher at 32 and 4 steps and students at 4 and 2, and the address of its server."""
     import uvicorn
 
-    study = real_study(tmp_path_factory.mktemp("browser"), per_pair=8, annotators=5, title="Which is better?", warning="Shapes.")
+    wishes: dict[str, Any] = {"per_pair": 8, "annotators": 5, "title": "Which is better?", "warning": "Shapes."}
+    study = real_study(tmp_path_factory.mktemp("browser"), **wishes)
     made = server.app(study)
     running = uvicorn.Server(uvicorn.Config(made, port=0, log_level="warning", access_log=False))
     thread = threading.Thread(target=running.run, daemon=True)
@@ -165,10 +166,40 @@ def test_an_answer_outlives_a_lost_connection_and_a_closed_page(served: tuple[St
         page.wait_for_timeout(50)
     assert len(votes) == 1 and votes[0]["rt_ms"] >= 250
     page.wait_for_selector(READY)
-    page.wait_for_function("document.querySelector('input[name=seq]').value === '2'")
+    page.wait_for_function("() => document.querySelector('input[name=seq]')?.value === '2'")
     press(page, "1")
     assert len([v for v in store.votes(study.engine) if v["annotator"] == code]) == 2
     context.close()
+
+
+def test_an_answer_refused_for_the_day_is_said_in_the_servers_words_and_not_kept(tmp_path: Path, browser: Any) -> None:
+    import uvicorn
+
+    study = real_study(tmp_path, per_pair=8, annotators=5, daily_cap=2)
+    running = uvicorn.Server(uvicorn.Config(server.app(study), port=0, log_level="warning", access_log=False))
+    thread = threading.Thread(target=running.run, daemon=True)
+    thread.start()
+    while not running.started:
+        time.sleep(0.05)
+    context = browser.new_context()
+    page = context.new_page()
+    who = arrive(page, study, f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}")
+    now = ballots.now(study, who)
+    while now.shown:  # on another device, while this page shows the first pair
+        now = ballots.vote(study, who, now.shown.assignment, "left", now.seq)
+    assert now.stage == "rest"
+    page.evaluate("document.querySelector('input[name=seq]').value = '3'")  # as if it were the next answer
+    page.wait_for_timeout(270)
+    page.keyboard.press("1")
+    page.wait_for_selector("#notice .said")
+    assert "come back tomorrow" in page.inner_text("#notice")
+    page.wait_for_timeout(1500)
+    assert "come back tomorrow" in page.inner_text("#notice") and page.evaluate("localStorage.length") == 0
+    page.reload()
+    assert "full day's work" in page.inner_text("#main")
+    context.close()
+    running.should_exit = True
+    thread.join(10)
 
 
 PHONES = [(390, 780, "light"), (390, 780, "dark"), (844, 390, "light"), (320, 568, "light")]

@@ -214,6 +214,20 @@ def _no_protocol(contents: dict[str, bytes]) -> None:
     contents["study.json"] = json.dumps({**record, "hash": digest([])}).encode()
 
 
+def _record(contents: dict[str, bytes], **change: Any) -> None:
+    contents["study.json"] = json.dumps({**json.loads(contents["study.json"]), **change}).encode()
+
+
+def _picture_elsewhere(contents: dict[str, bytes]) -> None:
+    pairs = json.loads(contents["study.json"])["pairs"]
+    _record(contents, pairs=[{**p, "image_a": "/etc/private"} for p in pairs])
+
+
+def _bad_rules(contents: dict[str, bytes]) -> None:
+    protocol = {**json.loads(contents["study.json"])["protocol"], "exclusion": {"min_votes": "many"}}
+    _record(contents, protocol=protocol, hash=digest(protocol))
+
+
 def _pair_of_another(contents: dict[str, bytes]) -> None:
     contents["votes.jsonl"] = contents["votes.jsonl"].replace(b'"prompt": 0', b'"prompt": 3', 1)
 
@@ -235,6 +249,9 @@ def _pair_of_another(contents: dict[str, bytes]) -> None:
         (_other_image, True, "hash it was shown with"),
         (_other_protocol, True, "protocol in study.json does not have the hash"),
         (_no_protocol, True, "no protocol or title"),
+        (lambda c: _record(c, pairs=None), True, "lists no pairs"),
+        (_picture_elsewhere, True, "the id of no image"),
+        (_bad_rules, True, "bad.zip: exclusion.min_votes must be a number"),
         (_pair_of_another, True, "not that of its pair"),
         (lambda c: c.update({"votes.jsonl": b"[" * 100_000}), True, "no JSON"),
         (lambda c: c.update({"votes.jsonl": b'{"model_a": NaN}'}), True, "no JSON"),
@@ -294,6 +311,8 @@ def test_links_doubles_and_cut_zips_are_refused(voted: Path, tmp_path: Path) -> 
     [
         ("x.csv", b"", "must have model_a"),
         ("x.csv", b"model_a,model_b,winner\nx,y\n", "line 2 has 2 cells"),
+        ("x.csv", b"model_a,model_b,winner\n", "x.csv: it holds no votes"),
+        ("x.csv", b"model_a,model_b,winner\nx,y,tie\nx,x,tie\n", "x.csv: row 2: 'x' against itself"),
         ("x.csv", b"model_a,model_b,winner\nx,y,left\n", "row 1: winner is 'left'"),
         ("x.csv", b"model_a,model_b,winner,seed\nx,y,tie,1.5\n", "column seed is '1.5', not a whole number"),
         ("x.csv", b"model_a,model_b,winner,zoomed\nx,y,tie,maybe\n", "not true or false"),
@@ -331,6 +350,20 @@ def test_nothing_is_overwritten_and_nothing_half_written(voted: Path, tmp_path: 
     assert (tmp_path / "there" / "mine.txt").read_text() == "keep"
     with pytest.raises(ValueError, match="does not exist"):
         exchange.import_(tmp_path / "b.csv", tmp_path / "new")
+    (tmp_path / "b.csv.partial").write_text("keep")
+    exchange.export(voted, tmp_path / "b.csv")
+    assert (tmp_path / "b.csv.partial").read_text() == "keep"
+    (tmp_path / "dir.csv").mkdir()
+    with pytest.raises(ValueError, match="is a folder: name a file"):
+        exchange.export(voted, tmp_path / "dir.csv")
+    with pytest.raises(ValueError, match="is the folder you are in"):
+        exchange.import_(tmp_path / "a.csv", Path("."))
+    exchange.import_(tmp_path / "a.csv", tmp_path / "study")
+    before = (tmp_path / "study" / store.DATABASE).read_bytes()
+    for bad in (tmp_path / "study" / "new.csv", tmp_path / "study" / store.DATABASE, tmp_path / store.SECRET):
+        with pytest.raises(ValueError, match="keeps its own files"):
+            exchange.export(voted, bad, "csv")
+    assert (tmp_path / "study" / store.DATABASE).read_bytes() == before and not (tmp_path / store.SECRET).exists()
     with pytest.raises(ValueError, match="would hold zip: give it the name c.zip"):
         exchange.export(voted, tmp_path / "c.csv", "zip")
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fewstep.study import planning, simulate
+from fewstep.evaluate import planning as evaluation
+from fewstep.evaluate.planning import holm
+from fewstep.study import analysis, planning, simulate
 
 
 @pytest.mark.parametrize(("rate", "votes"), [(0.55, 785), (0.53, 2181), (0.52, 4906), (0.45, 785)])
@@ -95,17 +97,21 @@ def test_a_correlation_of_identical_values_is_one_and_of_constants_zero() -> Non
 
 def test_a_plan_adds_up() -> None:
     plan = planning.describe(5, 0.55, 2.0, 9.0, 15.0, 100, seeds=4, questions=2, checks=0.1, overlap=0.15)
-    assert plan["pairs"] == 10 and plan["independent_votes"] == 785 and plan["votes_per_pair"] == 1570
-    assert plan["counted_votes"] == 1570 * 10 * 2
-    assert plan["votes"] == math.ceil(31400 / 0.9) and plan["annotators"] == math.ceil(plan["votes"] / 100)
-    assert plan["items_per_pair"] * 1.3 >= 1570 > (plan["items_per_pair"] - 4) * 1.3
+    assert plan["pairs"] == plan["comparisons"] == 10 and plan["votes_per_pair"] == 2 * plan["independent_votes"]
+    each = plan["votes_per_pair"]
+    assert plan["independent_votes"] == planning.votes_needed(0.55, comparisons=10) > 785
+    assert plan["counted_votes"] == each * 10 * 2
+    assert plan["votes"] == math.ceil(each * 20 / 0.9) and plan["annotators"] == math.ceil(plan["votes"] / 100)
+    assert plan["items_per_pair"] * 1.3 >= each > (plan["items_per_pair"] - 4) * 1.3
     assert plan["images"] == plan["items_per_pair"] * 5
     assert plan["hours"] == pytest.approx(plan["votes"] * 9 / 3600) and plan["cost"] == pytest.approx(15 * plan["hours"])
     assert plan["minutes_per_annotator"] == pytest.approx(plan["hours"] * 60 / plan["annotators"])
-    assert plan["half_width_points"] == pytest.approx(100 * 1.959964 * math.sqrt(0.25 / 785), rel=1e-3)
-    assert plan["win_rates"]["0.52"] == 4906 * 2
+    assert plan["half_width_points"] == pytest.approx(100 * 1.959964 * math.sqrt(0.5 / each), rel=1e-3)
+    assert plan["win_rates"]["0.52"] == 2 * planning.votes_needed(0.52, comparisons=10)
+    alone = planning.describe(5, 0.55, 2.0, comparisons=1)
+    assert alone["independent_votes"] == 785 and alone["win_rates"]["0.52"] == 4906 * 2
     text = planning.show(plan)
-    for number in ("785", "1,570", "34,889", "302 × 4", "6,040 images"):
+    for number in (f"{each:,}", f"{plan['votes']:,}", f"{plan['images']:,} images", "corrected for 10 pairs"):
         assert number in text
 
 
@@ -118,6 +124,8 @@ def test_a_plan_adds_up() -> None:
         ({"design_effect": 0.5}, "design effect must be 1"),
         ({"design_effect": math.nan}, "design effect must be 1"),
         ({"seconds_per_vote": 0}, "seconds_per_vote"),
+        ({"seconds_per_vote": math.nan}, "seconds_per_vote"),
+        ({"pay_per_hour": math.inf}, "pay_per_hour"),
         ({"votes_per_annotator": 0}, "votes_per_annotator must be 1"),
         ({"ties": 1.0}, "ties must be"),
         ({"checks": 1.0}, "checks"),
@@ -127,6 +135,42 @@ def test_a_plan_adds_up() -> None:
 def test_a_plan_that_cannot_be_says_why(change: dict[str, float], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         planning.describe(**{"arms": 2, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("arms", [2, 3, 5])
+def test_a_planned_study_has_its_power_in_the_verdict_of_the_report(arms: int) -> None:
+    """One pair differs by what was to be seen; it is tested by Holm's correction among all pairs, as the report does."""
+    votes = planning.describe(arms, design_effect=1.0)["votes_per_pair"]
+    rng, pairs = np.random.default_rng(0), arms * (arms - 1) // 2
+    rates = np.where(np.arange(pairs) == 0, 0.55, 0.5)
+    won = rng.binomial(votes, rates, (4000, pairs)) / votes
+    p = 2 * stats.norm.sf(np.abs(won - 0.5) / math.sqrt(0.25 / votes))
+    power = np.mean([holm(list(row))[0] < 0.05 for row in p])
+    assert 0.78 <= power <= 0.86
+
+
+def test_what_more_votes_would_show_is_said_for_the_same_test() -> None:
+    pair = {"votes": 1000, "design_effect": 1.0, "ties": 0.0}
+    assert planning.detectable(1000, comparisons=10) > planning.detectable(1000)
+    needed = planning.votes_needed(0.55, comparisons=10) - 1000
+    assert f"about {needed:,} more would be needed to see 55 %" in analysis.more(pair, 10)
+    assert "53 %" in analysis.more(pair, 1)
+
+
+def test_likeness_is_that_of_images_where_clusters_have_one_size() -> None:
+    values = np.random.default_rng(0).normal(size=(40, 1)) + np.random.default_rng(1).normal(size=(40, 3))
+    other = evaluation.intra_prompt_correlation(values)
+    assert planning.intraclass(values.ravel(), np.repeat(np.arange(40), 3)) == pytest.approx(other)
+
+
+def test_a_made_study_says_what_it_can_show() -> None:
+    design = {"contests": 3, "slots": {"quality": 3000, "adherence": 3000}, "gold": 0.05, "repeat": 0.05}
+    said = planning.promised(design, 2.0, 9.0, 10.0)
+    assert f"{100 * planning.detectable(500, comparisons=3):.1f} %" in said and "1,000 votes a pair" in said
+    assert "6,667 votes" in said and "16.7 hours" in said and "167 at 10" in said
+    assert "no win rate" in planning.promised({**design, "slots": {"quality": 9}})
+    with pytest.raises(ValueError, match="design effect"):
+        planning.promised(design, math.nan)
 
 
 def test_the_guide_shows_what_is_printed() -> None:

@@ -24,6 +24,8 @@ from test_study_store import (  # noqa: F401 - collected here again
     test_leaving_deletes_everything_and_gives_pairs_back,
     test_many_at_once_take_every_slot_once,
     test_taking_back_is_an_event_and_the_vote_stays_as_it_was,
+    test_two_clicks_on_joining_make_one_person,
+    test_who_is_left_with_pairs_of_others_waits_and_has_no_code,
 )
 
 from fewstep.study import make, store

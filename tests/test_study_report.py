@@ -181,9 +181,59 @@ def test_the_matrix_is_antisymmetric_and_in_the_order_of_the_ratings(data: dict[
 def test_the_checklist_says_what_no_record_holds(data: dict[str, Any]) -> None:
     rows = {r["item"]: r for r in data["checklist"]}
     assert not rows["Pay"]["known"] and "write it down" in rows["Pay"]["told"]
-    assert rows["Annotators"]["told"] == "12" and rows["Agreement"]["known"]
+    assert rows["Annotators"]["told"] == "11 counted, 1 left out" and rows["Agreement"]["known"]
     paid = report.build(record_of(VOTES, pay="12 an hour"), VOTES)
     assert {r["item"]: r["told"] for r in paid["checklist"]}["Pay"] == "12 an hour"
+
+
+def test_who_is_left_out_is_in_no_figure(tmp_path: Path, data: dict[str, Any]) -> None:
+    """The report of all votes is that of the votes that count, but for what it says of those left out."""
+    left = [v for v in VOTES if v["annotator"] != "p005"]
+    alone = report.build(record_of(VOTES, anchor="teacher@32", exclusion=RULES), left)
+    assert [e["annotator"] for e in data["excluded"]] == ["p005"] and not alone["excluded"]
+    assert data["loads"] == alone["loads"] and data["ratings"] == alone["ratings"]
+    out = {k: v for k, v in data["counts"].items() if not k.endswith("left_out")}
+    assert out == {k: v for k, v in alone["counts"].items() if not k.endswith("left_out")}
+    assert (data["counts"]["people_left_out"], data["counts"]["votes_left_out"]) == (1, len(VOTES) - len(left))
+    told = {r["item"]: r["told"] for r in data["checklist"]}
+    same = {r["item"]: r["told"] for r in alone["checklist"]}
+    assert [told[i] for i in ("Time a vote", "Votes an item", "Agreement")] == [
+        same[i] for i in ("Time a vote", "Votes an item", "Agreement")
+    ]
+    seen = Page(report.html(data)).text
+    assert "11 annotators counted; 1 left out" in seen
+    folder = study(tmp_path / "s")
+    opened = store.open_study(folder)
+    record, votes = store.study_record(opened.engine), store.votes(opened.engine)
+    opened.engine.dispose()
+    whole = report.build(record, votes)
+    assert report.examples(record, votes, folder / store.IMAGES, whole)
+    nobody = {**whole, "excluded": [{"annotator": v["annotator"]} for v in votes]}
+    assert not report.examples(record, votes, folder / store.IMAGES, nobody)
+
+
+def test_of_votes_from_elsewhere_the_list_claims_nothing(tmp_path: Path) -> None:
+    lines = [f"x,y,{w},rater{i % 3}" for i, w in enumerate(["model_a", "tie", "model_b"] * 4)]
+    (tmp_path / "arena.csv").write_text("\n".join(["model_a,model_b,winner,judge", *lines]))
+    exchange.import_(tmp_path / "arena.csv", tmp_path / "s")
+    seen = Page(report.write(tmp_path / "s").read_text(encoding="utf-8"))
+    rows = {r["item"]: r for r in json.loads((tmp_path / "s" / "report.json").read_text())["checklist"]}
+    assert {i for i, r in rows.items() if not r["known"]} >= set(report.ELSEWHERE) and rows["Votes"]["known"]
+    for claim in ("none picked by hand", "The prompt was hidden", "before the first vote", "pseudonyms, no names"):
+        assert claim not in seen.text
+
+
+def test_a_record_that_names_files_outside_shows_none(tmp_path: Path) -> None:
+    folder = study(tmp_path / "s")
+    _saved(tmp_path / "private.png")
+    opened = store.open_study(folder)
+    record, votes = store.study_record(opened.engine), store.votes(opened.engine)
+    opened.engine.dispose()
+    whole = report.build(record, votes)
+    assert report.examples(record, votes, folder / store.IMAGES, whole)
+    path = str(tmp_path / "private")
+    evil = {**record, "pairs": [{**p, "image_a": path, "image_b": path} for p in record["pairs"]]}
+    assert not report.examples(evil, votes, folder / store.IMAGES, whole)
 
 
 def test_another_anchor_and_an_unknown_one(tmp_path: Path) -> None:

@@ -217,6 +217,9 @@ def test_a_recruiting_service_brings_people_back_to_their_place(tmp_path: Path) 
     assert len(numbers) == 1
     assert [p["external_id"] for p in ballots.people(study)] == ["5f00aa"]
     assert client.get("/join", params={"PROLIFIC_PID": "<b>"}).status_code == 422
+    for asked in ({"STUDY_ID": ""}, {"STUDY_ID": "{{%STUDY_ID%}}"}):
+        refused = client.get("/join", params={"PROLIFIC_PID": "x", **asked})
+        assert refused.status_code == 422 and "STUDY_ID in the address is empty" in refused.text
     page = client.get("/join")
     assert client.post("/join", data={"form": "x"}).status_code == 403
     assert client.post("/join", data=fields(page.text, "/join")).status_code == 303
@@ -244,6 +247,77 @@ def test_the_command_plans_makes_links_and_checks_codes(call: Call, tmp_path: Pa
     assert call("study", "serve", "nothing")[0] == 2
     code, out, _ = call("study", "plan", "--number-of-arms", "3")
     assert code == 0 and "votes" in out
+    code, more, _ = call("study", "plan", "--number-of-arms", "3", "--overlap", "0", "--gold", "0", "--repeat", "0")
+    assert code == 0 and "0 % of items get three" in more and "0 % are checks" in more and more != out
+    for wrong in (
+        ("plan", "--per-pair", "9"), ("plan", "--annotators", "9"), ("plan", "--seconds-per-vote", "nan"),
+        ("plan", "--arms", *sets, "--out", "t", "--win-rate", "0.6"),
+        ("plan", "--arms", *sets, "--out", "t", "--annotators", "1"),
+        ("plan", "--arms", *sets, "--out", "."), ("plan", "--design-effect", "2", "--pilot", "s"), ("plan", "--pilot", "s"),
+        ("links", "s", "1", "--days", "inf"), ("links", "s", "1", "--days", "nan"), ("serve", "s", "--link-days", "nan"),
+        ("serve", "s", "--port", "99999"), ("serve", "s", "--joins-per-minute", "nan"),
+    ):  # fmt: skip
+        code, _, err = call("study", *wrong)
+        assert code == 2 and "Traceback" not in err, (wrong, err)
+    assert not Path("t").exists()
+
+
+def test_a_pilots_votes_tell_the_design_effect(call: Call, tmp_path: Path) -> None:
+    from fewstep.study import planning, simulate
+
+    study = tiny_study(tmp_path, arms=2, annotators=4)
+    simulate.rehearse(study.folder, tmp_path / "pilot", {"teacher": 0.0, "student <b>": 0.2}, 4, checks=0.0)
+    votes = store.votes(store.open_study(tmp_path / "pilot").engine)
+    found = [planning.likeness([v for v in votes if v["question"] == q]).design_effect for q in ("adherence", "quality")]
+    code, out, err = call("study", "plan", "--pilot", str(tmp_path / "pilot"))
+    assert code == 0, err
+    assert f"adherence {found[0]:.2f}, quality {found[1]:.2f}" in out
+    assert planning.show(planning.describe(2, design_effect=max(found))) in out
+
+
+def test_a_taken_port_is_said_in_one_line_and_nothing_claims_to_serve(
+    call: Call, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import socket
+
+    tiny_study(tmp_path, arms=2).engine.dispose()
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        code, out, err = call("study", "serve", str(tmp_path / "study"), "--port", str(held.getsockname()[1]))
+    assert code == 2 and "Serving on" not in out and "is another server there?" in err
+    assert "Traceback" not in err and len(err.strip().splitlines()) == 1 and capfd.readouterr().err == ""
+
+
+def test_pages_say_to_wait_or_to_come_back_tomorrow_and_done_can_be_undone(tmp_path: Path) -> None:
+    study = tiny_study(tmp_path, arms=2, annotators=1, gold=0, repeat=0, overlap=0)
+    client = TestClient(server.app(study, limits=FAST))
+    away, path = link(study), link(study)
+    begun(client, away)  # holds two pairs
+    page = begun(client, path)
+    while "/vote" in page or "/begin" in page:
+        form = "/begin" if "/begin" in page else "/vote"
+        page = client.post(f"{path}{form}", data={**fields(page, form), "side": "tie"}).text
+    assert 'data-wait="60"' in page and 'http-equiv="refresh"' in page and 'id="code"' not in page
+    client.post(f"{away}/leave", data=fields(client.get(f"{away}/leave").text, "/leave"))
+    page = client.get(path).text
+    while "/vote" in page or "/begin" in page:
+        form = "/begin" if "/begin" in page else "/vote"
+        page = client.post(f"{path}{form}", data={**fields(page, form), "side": "tie"}).text
+    assert 'id="code"' in page
+    back = client.post(f"{path}/undo", data=fields(page, "/undo")).text
+    assert "/vote" in back
+    capped = tiny_study(tmp_path / "capped", arms=2, daily_cap=1)
+    client, path = TestClient(server.app(capped, limits=FAST)), link(capped)
+    page = client.post(f"{path}/vote", data={**fields(begun(client, path), "/vote"), "side": "tie"}).text
+    assert "come back tomorrow" in page and "/vote" not in page
+
+
+def test_a_stopped_server_leaves_one_file(tmp_path: Path) -> None:
+    study = tiny_study(tmp_path, arms=2)
+    with TestClient(server.app(study, limits=FAST)) as client:
+        begun(client, link(study))
+    assert not (study.folder / "study.sqlite-wal").exists() or not (study.folder / "study.sqlite-wal").stat().st_size
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import stat
 import threading
@@ -240,13 +241,79 @@ def test_a_days_work_has_an_end_and_goes_on_tomorrow(planned: Planned) -> None:
     clock = Clock()
     study = planned(clock=clock, arms=2, daily_cap=3)
     who, _ = ready(study)
-    for _ in range(3):
-        answer(study, who)
+    shown = [answer(study, who) for _ in range(3)]
+    assert shown[-1].stage == "rest" and shown[-1].shown is None and shown[-1].answered == 3  # before a pair is shown
+    assert shown[1].shown
+    stale = ballots.undo(study, who, shown[-1].undo or 0)  # a page that was open from before, or what was taken back
+    assert stale.stage == "rest"
     with pytest.raises(Turned, match="tomorrow") as refused:
-        answer(study, who)
+        ballots.vote(study, who, shown[1].shown.assignment, "left", 4)
     assert refused.value.status == 429
     clock.at += refused.value.after
-    assert answer(study, who).answered == 4
+    assert answer(study, who).answered == 3  # what was taken back is given again
+
+
+def test_who_is_left_with_pairs_of_others_waits_and_has_no_code(planned: Planned) -> None:
+    clock = Clock()
+    study = planned(clock=clock, arms=2, gold=0, repeat=0, overlap=0, annotators=1, lease_minutes=30)
+    away, held = ready(study)  # leases two pairs and goes
+    who, now = ready(study)
+    seen = [now]
+    while seen[-1].stage in ("pair", "intro"):
+        seen.append(answer(study, who, now=seen[-1]))
+    last = seen[-1]
+    assert last.stage == "wait" and not last.code and last.answered + 2 == last.total
+    assert ballots.now(study, who).stage == "wait"
+    clock.at += 31 * 60
+    while last.stage in ("wait", "pair", "intro"):
+        last = answer(study, who)
+    assert last.stage == "done" and last.code and last.answered == last.total == seen[-1].total
+    assert held.shown and ballots.now(study, away).stage == "done"
+    late, later = ready(study)
+    assert (later.stage, later.total) == ("done", 0)
+
+
+def test_two_clicks_on_joining_make_one_person(planned: Planned) -> None:
+    study = planned(arms=2)
+    numbers: list[Any] = []
+    for k in range(8):
+        gate = threading.Barrier(4)
+
+        def click(name: str = f"p{k}", gate: threading.Barrier = gate) -> None:
+            gate.wait()
+            try:
+                numbers.append((name, ballots.enrol(study, name)))
+            except Exception as error:
+                numbers.append((name, repr(error)))
+
+        threads = [threading.Thread(target=click) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(numbers) == 32 and len(set(numbers)) == 8 and all(isinstance(n, int) for _, n in numbers), numbers
+
+
+def test_what_was_deleted_is_in_no_file_and_a_copied_file_has_every_vote(tmp_path: Path) -> None:
+    study = tiny_study(tmp_path, arms=2)
+    who = ballots.enrol(study, "SECRETPID777", "STUDY888", "SESSION999")
+    ballots.consent(study, who)
+    for _ in range(4):
+        answer(study, who)
+
+    def files() -> bytes:
+        return b"".join(p.read_bytes() for p in study.folder.iterdir() if p.is_file())
+
+    assert b"SECRETPID777" in files()
+    ballots.withdraw(study, who)
+    for text in (b"SECRETPID777", b"STUDY888", b"SESSION999"):
+        assert text not in files()
+    other, _ = ready(study)
+    answer(study, other)
+    store.fold(study.engine)
+    copy = tmp_path / "copy.sqlite"
+    copy.write_bytes((study.folder / store.DATABASE).read_bytes())
+    assert len(store.votes(store.connect(store.sqlite_url(copy)))) == 1
 
 
 def test_both_blocks_come_one_after_the_other_each_with_its_introduction(planned: Planned) -> None:
@@ -276,7 +343,7 @@ def test_many_at_once_take_every_slot_once(planned: Planned) -> None:
         try:
             now = ballots.consent(study, who)
             while now.stage != "done":
-                now = answer(study, who, "tie", now)
+                now = answer(study, who, "tie", None if now.stage == "wait" else now)
         except BaseException as error:
             failures.append(error)
 
@@ -319,6 +386,18 @@ def test_an_export_comes_back_as_it_was_and_is_not_served(planned: Planned, tmp_
         store.restore(engine, {**record, "protocol": {**record["protocol"], "daily_cap": 1}}, votes)
     with pytest.raises(ValueError, match="one vote_id"):
         store.restore(engine, record, [votes[0], votes[0]])
+    for change in ({"image_a": "/etc/private"}, {"image_b": "../secret"}, {"image_a": 7}):
+        pairs = [{**record["pairs"][0], **change}, *record["pairs"][1:]]
+        with pytest.raises(ValueError, match="the id of no image"):
+            store.restore(store.connect("sqlite://"), {**record, "pairs": pairs}, votes)
+    named = [{**i, "id": "../" + i["id"]} for i in record["images"]]
+    with pytest.raises(ValueError, match="the id of no image"):
+        store.restore(store.connect("sqlite://"), {**record, "images": named}, votes)
+    huge = [{**i, "prompt": 2**70} for i in record["images"]]
+    with pytest.raises(ValueError, match="refused the study"):
+        store.restore(store.connect("sqlite://"), {**record, "images": huge}, votes)
+    with pytest.raises(ValueError, match="lists no pairs"):
+        store.restore(store.connect("sqlite://"), {**record, "pairs": None}, votes)
     restored = store.Store(engine, tmp_path, b"", record["protocol"])
     with pytest.raises(ValueError, match=r"secret\.key"):
         from fewstep.study import server
@@ -361,6 +440,13 @@ def test_sets_that_do_not_fit_are_refused_and_nothing_is_left(tmp_path: Path) ->
         make.make(sets, out, make.Wish(per_pair=99))
     with pytest.raises(ValueError, match="--gold"):
         make.make(sets, out, make.Wish(gold=0.9))
+    with pytest.raises(ValueError, match=r"--annotators 1: .* judged by 3 people"):
+        make.make(sets, out, make.Wish(annotators=1))
+    for wish in ({"lease_minutes": math.nan}, {"lease_minutes": math.inf}, {"daily_cap": 0}):
+        with pytest.raises(ValueError, match="--lease-minutes must be"):
+            make.Wish(**wish)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="refused the study"):
+        make.make(sets, out, make.Wish(), "postgresql://127.0.0.1:1/none")
     path = sets[1] / image_sets.file_name(0, 0)
     Image.open(path).resize((32, 16)).save(path)
     with pytest.raises(ValueError, match="shapes must agree"):
@@ -370,6 +456,20 @@ def test_sets_that_do_not_fit_are_refused_and_nothing_is_left(tmp_path: Path) ->
     make.make(sets, out, make.Wish())
     with pytest.raises(ValueError, match="is there already"):
         make.make(sets, out, make.Wish())
+    (tmp_path / "next.partial").mkdir()
+    (tmp_path / "next.partial" / "mine.txt").write_text("keep")
+    make.make(sets, tmp_path / "next", make.Wish())
+    assert (tmp_path / "next.partial" / "mine.txt").read_text() == "keep"
+    assert {p.name for p in tmp_path.iterdir()} == {"sets", "study", "next", "next.partial"}
+
+
+def test_a_database_is_that_of_its_folder_and_a_secret_must_be_readable(tmp_path: Path) -> None:
+    study, other = tiny_study(tmp_path / "one", arms=2), tiny_study(tmp_path / "two", arms=2, title="Another")
+    with pytest.raises(ValueError, match="another study's"):
+        store.open_study(study.folder, f"sqlite:///{other.folder / store.DATABASE}")
+    (study.folder / store.SECRET).write_text("no secret")
+    with pytest.raises(ValueError, match="cannot be read"):
+        store.open_study(study.folder)
 
 
 def test_what_is_no_study_is_refused_in_words(tmp_path: Path) -> None:

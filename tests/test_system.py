@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[argparse.Namespace]:
 
 
 def test_figures_are_of_what_was_asked(here: list[argparse.Namespace], teacher_folder: Path) -> None:
-    found = system.run(str(teacher_folder), runs=3, steps=2, guidance=1.0, pixels=32)
+    found = system.run(str(teacher_folder), runs=3, fewest=2, steps=2, guidance=1.0, pixels=32)
     asked, record = found["settings"], artifact.read(teacher_folder)
     assert (asked["steps"], asked["nfe"], asked["width"], asked["height"]) == (2, 2, 32, 32)
     assert asked["grid"][0] == 1 and asked["grid"][-1] == 0 and len(asked["grid"]) == 3
@@ -47,7 +48,7 @@ def test_figures_are_of_what_was_asked(here: list[argparse.Namespace], teacher_f
 
 
 def test_parts_of_the_time_do_not_exceed_the_whole(here: list[argparse.Namespace], teacher_folder: Path) -> None:
-    found = system.run(str(teacher_folder), runs=4, steps=2)
+    found = system.run(str(teacher_folder), runs=4, fewest=2, steps=2)
     seconds = found["seconds"]
     assert found["settings"]["nfe"] == 4  # the teacher's own guidance doubles them
     for name in ("total", *system.PARTS):
@@ -58,16 +59,24 @@ def test_parts_of_the_time_do_not_exceed_the_whole(here: list[argparse.Namespace
 
 
 def test_the_model_itself_draws_the_same_images(here: list[argparse.Namespace], teacher_folder: Path) -> None:
-    near = system.run(str(teacher_folder), runs=2, steps=1, guidance=1.0)["guard"]
+    near = system.run(str(teacher_folder), runs=2, fewest=2, pixels=32)["guard"]
     assert near["same"] and near["psnr_median"] == 100 and near["largest"] == 0 and near["images"] == system.GUARDED
-    assert near["reference"] == "itself in float32"
+    assert near["reference"] == "itself in float32" and near["reference_nfe"] > 2
+
+
+def test_fewer_steps_are_other_images_and_no_speed_up(here: list[argparse.Namespace], teacher_folder: Path) -> None:
+    found = system.run(str(teacher_folder), runs=2, fewest=2, steps=1, guidance=1.0, pixels=32)
+    near = found["guard"]
+    assert found["settings"]["nfe"] == 1 and near["reference_nfe"] > 2 and near["psnr_median"] < 100
+    assert (here[1].steps, here[1].guidance, here[1].pixels) == (None, None, 32)  # the reference is the model's own way
+    assert "2 runs: fewer than 30, so that percentiles are single images" in system.show(found)
 
 
 def test_other_weights_are_marked_as_different_images(
     here: list[argparse.Namespace], teacher_folder: Path, tmp_path: Path
 ) -> None:
     other = tiny_teacher(tmp_path / "other", seed=1)
-    found = system.run(str(teacher_folder), runs=2, steps=1, guidance=1.0, reference=str(other))
+    found = system.run(str(teacher_folder), runs=2, fewest=2, steps=1, guidance=1.0, reference=str(other))
     assert not found["guard"]["same"] and found["guard"]["psnr_median"] < 30
     assert found["guard"]["reference"].endswith("/other") and here[1].model == str(other)
     assert "DIFFERENT IMAGES" in system.show(found)
@@ -88,7 +97,7 @@ def test_prompts_of_timed_images_are_all_new(here: list[argparse.Namespace], tea
         return made
 
     monkeypatch.setattr(engine, "open_engine", spied)
-    system.run(str(teacher_folder), runs=3, steps=1, guidance=1.0)
+    system.run(str(teacher_folder), runs=3, fewest=2, steps=1, guidance=1.0)
     own, reference = drawn[: -system.GUARDED], drawn[-system.GUARDED :]
     assert len(own) == 1 + system.WARM_UP + 3 + system.GUARDED
     assert len({prompt for prompt, _ in own}) == len(own) == len({index for _, index in own})
@@ -152,8 +161,10 @@ def test_a_name_holds_no_path_of_the_machine(model: str, name: str) -> None:
 
 
 def test_too_few_runs_are_refused() -> None:
-    with pytest.raises(ValueError, match="--runs 1: percentiles need at least 2"):
-        system.run("bundled", runs=1)
+    with pytest.raises(ValueError, match="--runs 29: a 5th and a 95th percentile need at least 30 images"):
+        system.run("bundled", runs=29)
+    with pytest.raises(ValueError, match="--runs 1: .* at least 2 images"):
+        system.run("bundled", runs=1, fewest=1)
 
 
 def test_the_command_measures_in_a_process_of_its_own(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
@@ -161,6 +172,7 @@ def test_the_command_measures_in_a_process_of_its_own(tmp_path: Path, monkeypatc
     monkeypatch.setattr("fewstep.commands.prepare", lambda: None)
     apart = system._alone
     monkeypatch.setattr(system, "_alone", lambda w: apart(w) if w[4] == "auto" else system.measure(system.parsed(w)))
+    monkeypatch.setattr(system, "run", partial(system.run, fewest=2))
     hog = np.ones(600 * 2**20, dtype=np.uint8)  # what this process has is none of the model's
     measure("bundled", runs=2, out=tmp_path)
     found = json.loads((tmp_path / system.RECORD).read_text())
@@ -180,5 +192,5 @@ def test_a_process_that_fails_says_why_in_one_line(tmp_path: Path, monkeypatch: 
     script.chmod(0o755)
     monkeypatch.setattr(system.sys, "executable", str(script))
     with pytest.raises(ValueError, match="^nothing could not be measured: DIR does not exist$"):
-        system.run("nothing", runs=2)
+        system.run("nothing")
     assert capfd.readouterr().err == "measuring it 50%\n"  # progress is passed on, advice is not

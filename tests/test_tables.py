@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
+from tiny import Call
 
 from fewstep.evaluate import benchmark, builtin, image_sets, scores, statistics
 from fewstep.recipes import scoring, system
@@ -106,6 +108,13 @@ def test_figures_belong_to_the_same_weights_and_evaluations() -> None:
     more = same | {"settings": same["settings"] | {"nfe": 8}}
     assert tables.system_of(STUDENT, [more]) is None
     assert tables.system_of(STUDENT, [more, figures("student") | {"weights": ""}])["name"] == "student"  # type: ignore[index]
+    # of the same name, but of other weights, steps or sizes: not the arm's
+    small = figures("student") | {"settings": same["settings"] | {"width": 32}}
+    sized = STUDENT | {"sampling": STUDENT["sampling"] | {"width": 64, "height": 64}}
+    named = [figures("student", weights="other"), more | {"name": "student"}, more | {"name": "student", "weights": ""}]
+    assert tables.system_of(STUDENT, named) is None and tables.system_of(sized, [small]) is None
+    data = tables.build(BOTH, [SYSTEMS[0], more | {"name": "student"}])
+    assert [b["arm"] for b in data["bubbles"]] == ["teacher"] and "called student were taken with other" in data["notes"][0]
     alone = tables.build([], [figures("export")])
     assert [row["arm"] for row in alone["system"]] == ["export"] and not alone["bubbles"]
 
@@ -118,6 +127,31 @@ def test_other_metrics_and_figures_of_sets_are_columns() -> None:
     found = tables.build([made], [])["quality"][0]["metrics"]
     assert found["image_reward"]["value"] == pytest.approx(0.5) and found["image_reward"]["lo"] < 0.5
     assert found["inception: frechet"] == {"value": 12.5}
+
+
+def test_intervals_of_figures_are_one_column_with_them_and_shares_are_of_one_unit(tmp_path: Path) -> None:
+    far = scores.whole("clip to teacher", {"kid": 0.01, "kid lo": -0.1, "kid hi": 0.2, "recall": 0.5}, {})
+    other = scores.single("geneval", "verdict", verdicts(0.5, 3), ASKED.categories, {}, label="GenEval")
+    data = tables.build([TEACHER, arm("student", verdicts(0.8, 1), far=far, geneval=other)], SYSTEMS)
+    found = data["quality"][1]["metrics"]
+    assert found["far: kid"] == {"value": 0.01, "lo": -0.1, "hi": 0.2} and list(found) == ["far: kid", "far: recall", "GenEval"]
+    rows = [r for r in csv.DictReader(io.StringIO(table_files.long(data))) if r["table"] == "A" and r["arm"] == "student"]
+    told = {r["column"]: (float(r["value"]), r["unit"]) for r in rows}
+    assert told["GenEval"] == (pytest.approx(verdicts(0.5, 3).mean()), "share") and told["overall"][1] == "share"
+    assert told["against"][1] == "share" and told["steps"][1] == told["far: kid"][1] == ""
+    assert "GenEval, %" in table_files.markdown(data)
+
+
+def test_the_lead_says_better_or_worse_only_where_compare_does() -> None:
+    """Corrected for several arms: an interval of one comparison alone may exclude zero by chance."""
+    others = [arm(f"c{i}", verdicts(0.9, 10 + i)) for i in range(4)]
+    said = []
+    for share in np.linspace(0.5, 0.9, 9):
+        data = tables.build([TEACHER, arm("student", verdicts(share, 1)), *others], SYSTEMS)
+        e, text = data["quality"][1]["cells"]["against"], tables.lead(data)
+        assert e["found"] == (e["p"] < 0.05) == ("worse" in text) != ("no detectable" in text)
+        said.append((e["found"], e["hi"] < 0))
+    assert (False, True) in said and (True, True) in said  # the two ways do disagree here
 
 
 def test_the_lead_says_how_much_faster_and_how_much_worse() -> None:
@@ -148,6 +182,20 @@ def test_people_take_the_place_of_the_score() -> None:
     data = tables.build(BOTH, SYSTEMS, study=study)
     assert [(b["arm"], b["height"]["value"], b["height"]["lo"]) for b in data["bubbles"]] == [("student", 1012.5, 990.0)]
     assert data["rated_by"] == "people" and "teacher" in data["notes"][0]
+
+
+def test_labels_of_near_bubbles_do_not_lie_on_each_other() -> None:
+    shown = [tables.build(BOTH, SYSTEMS)["bubbles"][0] | {"arm": f"arm {k}"} for k in range(4)]
+    figure = bubbles._figure(shown, "score", "memory", "score", bubbles.LIGHT)
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(note) for note in figure.axes[0].texts]
+    assert len(boxes) == 4 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_few_runs_are_said() -> None:
+    data = tables.build(BOTH, [SYSTEMS[0], figures("student", runs=5)])
+    assert "Percentiles of few runs, below 30: student (5)" in " ".join(data["notes"])
+    assert "| student (5 runs) |" in table_files.markdown(data)
 
 
 def test_bubbles_stand_where_the_numbers_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +260,7 @@ def test_numbers_have_three_figures(value: float | None, text: str) -> None:
 def drawn(folder: Path, name: str, wrong: int = 0, kind: str = "student") -> Path:
     """A scored set of true scenes, those of the first `wrong` prompts of prompt 0."""
     asked = builtin.shapes("strict", 2, 2)
-    image_sets.begin(folder, asked, {"name": name, "kind": kind, "grid": [1, 0], "nfe": 1, "guidance_scale": 1.0})
+    image_sets.begin(folder, asked, {"name": name, "kind": kind, "grid": [1, 0.5, 0], "nfe": 2, "guidance_scale": 1.0})
     rng = np.random.default_rng(0)
     scenes = {image: render(place_ask(parse(asked.entries[image[0]].text), rng)) for image in asked.images}
     for prompt, seed in asked.images:
@@ -260,6 +308,59 @@ def test_files_that_are_something_else_are_refused(tmp_path: Path, text: str | N
     with pytest.raises(ValueError, match=said):
         gathering.run([], tmp_path / "out", systems=[path])
     assert not (tmp_path / "out").exists()
+
+
+def without(record: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """A copy of a record that lacks one thing in its depth."""
+    made = json.loads(json.dumps(record))
+    place = made
+    for key in keys[:-1]:
+        place = place[key]
+    del place[keys[-1]]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "record", "said"),
+    [
+        ("systems", without(figures("a"), "seconds", "text"), "KeyError: 'text'"),
+        ("systems", without(figures("a"), "weights"), "KeyError: 'weights'"),
+        ("systems", figures("a", parameters=3), "AttributeError"),
+        ("systems", figures("a", disk_mib={"all": "much"}), "disk MiB is 'much'"),
+        ("systems", figures("a", disk_mib={"all": float("nan")}), "disk MiB is not finite"),
+        ("ablation", {"tables": {"4step": [{"arm": "a", "runs": 1}]}}, "KeyError: 'strict'"),
+        ("ablation", {"tables": {"4step": [{"strict": {"mean": "x", "lo": 0, "hi": 1}}]}}, "strict is 'x'"),
+        ("ablation", {"tables": 5}, "AttributeError"),
+        ("study", {"ratings": [{"arm": "a"}]}, "KeyError: 'rating'"),
+        ("study", {"ratings": [{"rating": 1000.0}]}, "KeyError: 'arm'"),
+        ("study", {"ratings": [{"arm": "a", "rating": "high"}]}, "a is 'high'"),
+        ("study", {"ratings": [5]}, "TypeError"),
+    ],
+)
+def test_rows_that_lack_something_are_named(tmp_path: Path, kind: str, record: dict[str, Any], said: str) -> None:
+    path = tmp_path / "file.json"
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"file.json is damaged or of another version .*{said}"):
+        gathering.run([], tmp_path / "out", **{kind: [path] if kind == "systems" else path})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_study_of_other_names_says_which_do_not_match(tmp_path: Path) -> None:
+    rated = [{"arm": name, "question": q, "rating": r, "lo": None, "hi": None}
+             for q, r in (("look", 1000.0), ("text", 900.0)) for name in ("student", "alien")]  # fmt: skip
+    (tmp_path / "report.json").write_text(json.dumps({"ratings": rated}))
+    study = gathering._study(tmp_path / "report.json")
+    assert [(r["arm"], r["rating"]) for r in study["ratings"]] == [("student", 1000.0), ("alien", 1000.0)]  # the first question
+    said = tables.build(BOTH, SYSTEMS, study=study)["notes"]
+    assert "The study rates alien, and no arm is called so (they are called teacher, student)." in said
+    unknown = {"ratings": [{"arm": "student", "rating": None, "lo": None, "hi": None}]}
+    assert tables.build(BOTH, SYSTEMS, study=unknown)["bubbles"] == []
+
+
+@pytest.mark.parametrize("limit", ["nan", "inf"])
+def test_a_limit_that_is_no_number_is_refused_before_anything_is_measured(call: Call, limit: str) -> None:
+    code, out, err = call("measure", "nowhere", "--limit", limit)
+    assert code == 2 and f"--limit {limit}: give a number of dB" in err and not out
 
 
 def test_models_are_drawn_scored_and_measured_first(

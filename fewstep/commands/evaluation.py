@@ -53,9 +53,9 @@ def eval_(
         seeds: images of each prompt.
         detections: file of detections, or GenEval's own results.jsonl.
         sidecar: command of an evaluator in an environment of its own.
-        metric: a score of images such as clip_score, or a network for the distance from real ones; repeatable.
+        metric: a score of images such as clip_score, or a network such as dinov2 for variety and distances; repeatable.
         weights: of a metric, as NAME=FOLDER; repeatable (docs/sidecars.md).
-        reference: folder of real images.
+        reference: folder of real images, or a set of images of the same prompts, such as the teacher's.
         teacher: folder of the teacher, for a LoRA.
         base: folder of the student that an export was made of.
         dtype: auto, float32, bfloat16 or float16.
@@ -67,6 +67,9 @@ def eval_(
     commands.prepare()
     folder = Path(model)
     given = evaluation.is_set(folder)
+    how = evaluation.Sampling(steps, guidance, batch, teacher, base, dtype, device)
+    if given:
+        evaluation.only_of_models(folder, how, out, protocol, {"prompts": prompts, "per-task": per_task, "seeds": seeds})
     asked = None
     if protocol is not None:
         asked = evaluation.protocol(protocol, prompts=prompts, per_task=per_task, seeds=seeds)
@@ -74,7 +77,6 @@ def eval_(
         raise ValueError(f"--protocol is missing; one of {', '.join(evaluation.NAMES)}, or a file")
     if not given:
         assert asked is not None
-        how = evaluation.Sampling(steps, guidance, batch, teacher, base, dtype, device)
         folder = evaluation.draw(model, asked, out, name, how)
     images = image_sets.read(folder, asked)
     if given and name is not None:
@@ -90,24 +92,35 @@ def eval_(
 
 
 def compare(
-    sets: tyro.conf.Positional[tuple[Path, ...]],
+    sets: tyro.conf.Positional[tuple[Path, ...]] = (),
     /,
     metric: str | None = None,
     worth: float | None = None,
     json: bool = False,
+    share: float = 0.7,
+    correlation: float = 0.25,
+    seeds: int = 4,
 ) -> None:
     """Say what sets of images differ in: the first is the baseline; all must answer the same protocol.
 
     For example: fewstep compare runs/eval/teacher-shapes-strict runs/eval/student_4-shapes-strict
+
+    With --worth and no set, or one: how many prompts it takes to find such a difference, from assumptions or from that set.
 
     Args:
         sets: folders that `fewstep eval` scored, the baseline first.
         metric: such as strict, geneval or clip_score; the protocol's own by default.
         worth: a difference worth finding, in points or in the metric's units: says how many prompts it takes; 1 point.
         json: print it as JSON.
+        share: of right images, for planning without a set.
+        correlation: between images of one prompt, likewise.
+        seeds: images of each prompt, likewise.
     """
     from fewstep.recipes import comparison
 
+    if worth is not None and len(sets) < 2:
+        print(comparison.plan(worth, share, correlation, seeds, sets[0] if sets else None, metric))
+        return
     text, record = comparison.run(sets, metric, worth)
     if json:
         from json import dumps

@@ -63,15 +63,20 @@ def generate(
         dtype: that the model computes in.
         device: such as cpu or cuda:0.
         cache: folder in which text conditions are kept, so that a known prompt needs no text encoder.
-        compile: compile the denoiser first: minutes, for less time an image.
+        compile: compile the denoiser first, which takes a minute or more: fewer calls on a GPU; on a CPU often no faster.
     """
     from fewstep.recipes import generate as drawing
+    from fewstep.serve.contract import ADDRESSES
     from fewstep.serve.engine import Ask, open_engine
 
     commands.prepare()
     texts, (width, height) = drawing.prompts_of(prompt, prompts, sys.stdin), drawing.size_of(size)
     if n < 1:
         raise ValueError(f"--n {n}: give 1 or more")
+    if 0 <= seed < ADDRESSES < seed + n:
+        raise ValueError(f"--seed {seed} --n {n}: seeds end at 2^63 - 1; give a smaller --seed or --n")
+    if cache is not None:
+        drawing.make_folder(cache, f"--cache {cache}")
     engine = open_engine(
         model, teacher=teacher, base=base, dtype=dtype, device=device, cache=cache, compiled=compile
     )

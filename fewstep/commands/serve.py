@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from fewstep.serve.service import Settings
     from fewstep.serve.workers import Process
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 BUNDLED = {"bundled": "shapes-4step", "teacher": "shapes-teacher"}  # names of the bundled models
 
 
@@ -25,6 +24,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8188,
     workers: int = 1,
+    threads: int = 0,
     queue: int = 64,
     batch: int = 8,
     batch_wait_ms: float = 5.0,
@@ -32,6 +32,7 @@ def serve(
     api_key: str = "",
     api_key_file: Path | None = None,
     rate: int = 0,
+    forwarded_allow_ips: str = "",
     max_n: int = 10,
     cache: Path | None = None,
     device: str = "auto",
@@ -52,6 +53,8 @@ def serve(
         host: address to listen at; 0.0.0.0 is all of them.
         port: to listen at; 0 takes a free one.
         workers: processes of each model.
+        threads: of each worker; by default OMP_NUM_THREADS, or the cores divided among the workers, where more than one of them
+            leave a core to the server.
         queue: images of a model that may wait; more are refused, with the time to try again.
         batch: images that are drawn together at most.
         batch_wait_ms: how long a batch that is not full waits for more.
@@ -59,6 +62,8 @@ def serve(
         api_key: that requests must bring. Others on this machine can read it in the list of processes: rather give a file.
         api_key_file: file that holds the key.
         rate: images a minute of one client address; 0 is unlimited.
+        forwarded_allow_ips: addresses of proxies, separated by commas, that are believed about their clients' addresses; * is
+            all. By default none is, so that a client cannot evade the rate.
         max_n: images of one request.
         cache: folder that text conditions are kept in.
         device: such as cpu or cuda; workers take several, separated by commas, in turn.
@@ -69,13 +74,18 @@ def serve(
     named = _named([*(models or ("bundled",)), *(("teacher",) if teacher else ())])
     if workers < 1:
         raise ValueError(f"workers = {workers}: give 1 or more")
+    if threads < 0:
+        raise ValueError(f"threads = {threads}: give 1 or more, or 0 to divide the cores")
+    devices = [name.strip() for name in device.split(",")]
+    if not all(devices):
+        raise ValueError(f"device = {device!r}: a name is missing between the commas")
     if not 0 <= port <= 65535:
         raise ValueError(f"port = {port}: give 0 to 65535")
     try:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
 
-        from fewstep.serve.service import Settings
+        from fewstep.serve.service import LOOPBACK, Settings
         from fewstep.serve.workers import Process, Spec
     except ImportError as error:
         raise ValueError(f"serving needs {error.name}: pip install 'fewstep[web]'") from error
@@ -94,13 +104,12 @@ def serve(
         print(f"warning: whoever reaches {host} can draw here; --api-key-file asks them for a key", file=sys.stderr)
     given = {"cache": cache, "dtype": dtype, "teacher": lora_teacher, "base": base}
     arguments = {name: str(value) for name, value in given.items() if value is not None}
-    devices = device.split(",")
-    threads = max(1, _cores() // (workers * len(named)))
+    threads = threads or _threads(workers * len(named))
     processes = {}
     for name, folder in named.items():
         of_workers = [{**arguments, "device": devices[i % len(devices)]} for i in range(workers)]
         processes[name] = [Process(Spec(folder, each, threads=threads)) for each in of_workers]
-    _run(processes, settings, host, port)
+    _run(processes, settings, host, port, forwarded_allow_ips)
 
 
 def _named(models: Sequence[str]) -> dict[str, str]:
@@ -108,7 +117,7 @@ def _named(models: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for model in models:
         name, equals, folder = model.partition("=")
-        if not equals:
+        if not equals or Path(model).is_dir():
             name, folder = BUNDLED.get(model, Path(model).resolve().name), model
         if not name or not folder or "/" in name:
             raise ValueError(f"model {model!r}: give DIR or NAME=DIR")
@@ -134,11 +143,15 @@ def _key(api_key: str, file: Path | None) -> str:
     return key
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _threads(workers: int) -> int:
+    """Of each worker; 0 leaves it to OMP_NUM_THREADS."""
+    if os.environ.get("OMP_NUM_THREADS"):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores if workers == 1 else (cores - 1) // workers)
 
 
-def _run(processes: dict[str, list[Process]], settings: Settings, host: str, port: int) -> None:
+def _run(processes: dict[str, list[Process]], settings: Settings, host: str, port: int, forwarded: str) -> None:
     """Open the models, then listen, until the user ends it."""
     import asyncio
 
@@ -154,7 +167,7 @@ def _run(processes: dict[str, list[Process]], settings: Settings, host: str, por
         print(f"opening {', '.join(processes)}", file=sys.stderr)
         made = server.app(processes, settings)
         await server.start(made)
-        listening = server.listener(made, host, port)
+        listening = server.listener(made, host, port, forwarded=forwarded)
         told = asyncio.create_task(_tell(listening, host))
         try:
             await listening.serve()

@@ -28,9 +28,10 @@ def plan(
     daily_cap: int = 500,
     seed: int = 0,
     database: Database = None,
-    number_of_arms: int = 2,
-    win_rate: float = 0.55,
-    design_effect: float = 2.0,
+    number_of_arms: int | None = None,
+    win_rate: float | None = None,
+    design_effect: float | None = None,
+    pilot: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
     seconds_per_vote: float = 8.0,
     pay_per_hour: float = 12.0,
 ) -> None:
@@ -38,7 +39,8 @@ def plan(
 
     Every pair of arms is compared on the same prompts and seeds, by two questions: image quality with the prompt hidden, and
     agreement with the prompt. Sides are balanced within each pair and prompt, some pairs have a known answer and some come
-    back with sides swapped, and all of it is in protocol.json, under a hash, before anybody votes.
+    back with sides swapped, and all of it is in protocol.json, under a hash, before anybody votes. The numbers of votes are for
+    the test of the report, which corrects for all pairs of arms.
 
     Example: fewstep study plan --arms runs/images/teacher runs/images/student --out runs/study --per-pair 800
 
@@ -58,18 +60,24 @@ def plan(
         daily_cap: answers of one person in a day.
         seed: of the design.
         database: of an empty Postgres database, postgresql://...; by default SQLite in the folder.
-        number_of_arms: without --arms: how many there will be.
-        win_rate: without --arms: smallest share of votes that is to be told from a half.
-        design_effect: without --arms: votes that are worth one independent vote, 1.5 to 2.5 as a rule.
-        seconds_per_vote: without --arms: of an annotator's time.
-        pay_per_hour: without --arms: in any currency.
+        number_of_arms: without --arms: how many there will be; 2 by default.
+        win_rate: without --arms: smallest share of votes that is to be told from a half; 0.55 by default.
+        design_effect: votes that are worth one independent vote, 1.5 to 2.5 as a rule; 2 by default.
+        pilot: folder of a study whose votes tell the design effect.
+        seconds_per_vote: of an annotator's time.
+        pay_per_hour: in any currency.
     """
-    if not arms:
-        from fewstep.study import planning
+    from fewstep.study import make, planning
 
-        print(planning.show(planning.describe(number_of_arms, win_rate, design_effect, seconds_per_vote, pay_per_hour)))
+    _one_way(bool(arms), per_pair=per_pair, annotators=annotators, number_of_arms=number_of_arms, win_rate=win_rate)
+    effect = _effect(design_effect, pilot)
+    if not arms:
+        told = planning.describe(
+            2 if number_of_arms is None else number_of_arms, 0.55 if win_rate is None else win_rate, effect, seconds_per_vote,
+            pay_per_hour, checks=gold + repeat, overlap=overlap,
+        )  # fmt: skip
+        print(planning.show(told))
         return
-    from fewstep.study import make
 
     wish = make.Wish(
         title, per_pair, annotators, gold, repeat, overlap, seed, warning, pay, contact, lease_minutes, daily_cap
@@ -77,7 +85,37 @@ def plan(
     made = make.make(arms, out, wish, database)["design"]
     votes = sum(made["slots"].values())
     print(f"{out}: {made['items']:,} pairs of images, {votes:,} votes that count, {made['annotators']} people")
+    print(planning.promised(made, effect, seconds_per_vote, pay_per_hour))
     print(f"Next: fewstep study links {out} {made['annotators']} and fewstep study serve {out}")
+
+
+def _one_way(with_arms: bool, **given: object) -> None:
+    """Raises ValueError for an option that would say nothing with --arms, or without."""
+    for name in ("number_of_arms", "win_rate") if with_arms else ("per_pair", "annotators"):
+        if given[name] is not None:
+            other = "without --arms" if with_arms else "with --arms"
+            raise ValueError(f"--{name.replace('_', '-')} is for a plan {other}")
+
+
+def _effect(told: float | None, pilot: Path | None) -> float:
+    """The design effect that was told, or the larger one of a pilot's questions."""
+    from fewstep.study import planning, store
+
+    if pilot is None:
+        return planning.DESIGN_EFFECT if told is None else told
+    if told is not None:
+        raise ValueError("--design-effect and --pilot both tell the design effect: give one")
+    study = store.open_study(pilot)
+    try:
+        votes = store.votes(study.engine)
+    finally:
+        study.engine.dispose()
+    asked = sorted({v["question"] for v in votes if v["kind"] == "normal"})
+    if not asked:
+        raise ValueError(f"{pilot} holds no votes: give --design-effect, such as 2")
+    found = {q: planning.likeness([v for v in votes if v["question"] == q]).design_effect for q in asked}
+    print("Design effect of the pilot: " + ", ".join(f"{q} {effect:.2f}" for q, effect in found.items()))
+    return max(found.values())
 
 
 def serve(
@@ -87,6 +125,7 @@ def serve(
     port: int = 8000,
     open_to_all: bool = False,
     link_days: float = 30.0,
+    joins_per_minute: float = 10.0,
     database: Database = None,
 ) -> None:
     """Serve a study's pages until stopped. Killed and started again, it goes on; every answer shown as taken is stored.
@@ -97,18 +136,24 @@ def serve(
         folder: of the study.
         host: address to listen on; 0.0.0.0 is every network of this machine.
         port: to listen on.
-        open_to_all: let people without a link take part at /join, which reads PROLIFIC_PID, STUDY_ID and SESSION_ID.
+        open_to_all: let people without a link take part at /join, which reads PROLIFIC_PID, STUDY_ID and SESSION_ID. Whoever
+            knows the PROLIFIC_PID of somebody then gets that person's link.
         link_days: how long a link made by /join holds.
+        joins_per_minute: people without a link, and links that do not hold, from one address; three times as many at once.
+            Behind a server that speaks HTTPS all people may have one address.
         database: of the study, if it is not in the folder.
     """
-    from fewstep.study import ballots, server, store
+    from fewstep.study import ballots, limits, server, store
 
+    if not 0 < joins_per_minute <= 1e6:
+        raise ValueError(f"--joins-per-minute must be above 0 and a million at most, not {joins_per_minute}")
     study = store.open_study(folder, database)
-    made = server.app(study, open_to_all=open_to_all, link_days=link_days)
+    often = limits.Limits(strangers=joins_per_minute, strangers_at_once=max(1, round(3 * joins_per_minute)))
+    made = server.app(study, open_to_all=open_to_all, link_days=link_days, limits=often)
     for question, count in ballots.progress(study)["questions"].items():
         print(f"{question}: {count['answered']:,} of {count['wanted']:,} answered")
-    print(f"Serving on http://{host}:{port}; links: fewstep study links {folder} N", flush=True)
-    server.run(made, host, port)
+    said = f"Serving on http://{host}:{port}; links: fewstep study links {folder} N"
+    server.run(made, host, port, lambda: print(said, flush=True))
 
 
 def links(

@@ -47,8 +47,12 @@ def measure(
         device: such as cpu or cuda; auto is the GPU if there is one.
         out: folder of system.json; runs/measure/MODEL by default.
     """
+    from math import isfinite
+
     from fewstep.recipes import system
 
+    if not isfinite(limit):
+        raise ValueError(f"--limit {limit}: give a number of dB, such as {system.SAME:g}")
     commands.prepare()
     found = system.run(model, runs, steps, guidance, pixels, reference, dtype, device, limit, base, teacher)
     place = (out or Path("runs/measure") / found["name"].replace("/", "-")) / system.RECORD

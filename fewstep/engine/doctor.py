@@ -133,4 +133,4 @@ def say(finding: Finding, color: bool) -> str:
     code = {"ok": "32", "note": "33", "FAIL": "31"}[finding.state]
     mark = f"\033[{code}m{finding.state:<4}\033[0m" if color else f"{finding.state:<4}"
     fix = f"\n      fix: {finding.fix}" if finding.fix else ""
-    return f"{mark}  {finding.what:<16}{finding.found}{fix}"
+    return f"{mark}  {finding.what:<15} {finding.found}{fix}"

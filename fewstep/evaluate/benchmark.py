@@ -49,7 +49,7 @@ class Benchmark:
         version: of the benchmark's own rules.
 
     Raises:
-        ValueError: no prompts, an empty one, or a number of seeds out of range.
+        ValueError: no prompts, an empty one, a number of seeds out of range, or a field of another type than it should be.
     """
 
     name: str
@@ -62,6 +62,7 @@ class Benchmark:
     version: int = 1
 
     def __post_init__(self) -> None:
+        self._check_types()
         if not self.entries:
             raise ValueError(f"benchmark {self.name}: no prompts")
         empty = next((i for i, entry in enumerate(self.entries) if not entry.text.strip()), None)
@@ -69,6 +70,24 @@ class Benchmark:
             raise ValueError(f"benchmark {self.name}: prompt {empty} is empty")
         if not 1 <= self.seeds <= MAX_SEEDS:
             raise ValueError(f"benchmark {self.name}: seeds must be 1 to {MAX_SEEDS}, not {self.seeds}")
+
+    def _check_types(self) -> None:
+        texts = {key: getattr(self, key) for key in ("name", "preprocessing")}
+        numbers = {key: getattr(self, key) for key in ("seeds", "noise_seed", "resolution", "version")}
+        wrong = next((key for key, value in texts.items() if not isinstance(value, str)), None)
+        if wrong is not None or not self.name.strip():
+            raise ValueError(f"a benchmark's {wrong or 'name'} must be text, not {texts[wrong or 'name']!r}")
+        wrong = next((key for key, value in numbers.items() if type(value) is not int or value < 0), None)
+        if wrong is not None:
+            raise ValueError(f"benchmark {self.name}: {wrong} must be a whole number from 0 on, not {numbers[wrong]!r}")
+        told = self.evaluator
+        if not isinstance(told, Mapping) or not all(isinstance(x, str) for pair in told.items() for x in pair):
+            raise ValueError(f"benchmark {self.name}: evaluator must name texts, such as {{'detector': '3'}}, not {told!r}")
+        for number, entry in enumerate(self.entries):
+            if not isinstance(entry.text, str) or not isinstance(entry.category, str):
+                raise ValueError(f"benchmark {self.name}: text and category of prompt {number} must be text")
+            if not isinstance(entry.facts, Mapping):
+                raise ValueError(f"benchmark {self.name}: facts of prompt {number} must be an object, not {entry.facts!r}")
 
     @cached_property
     def hash(self) -> str:
@@ -133,7 +152,7 @@ def read(path: Path) -> Benchmark:
         made = Benchmark(entries=entries, **record)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): give a protocol's file or name") from error
-    except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no protocol: {error}") from error
     if told is not None and told != made.hash:
         raise ValueError(f"{path} was changed after its hash was written: delete its hash, and it is a protocol of its own")

@@ -36,6 +36,11 @@ def shapes(scoring: Literal["strict", "geneval"], per_task: int = PER_TASK, seed
     )
 
 
+def is_shapes(benchmark: Benchmark) -> bool:
+    """Whether the bundled world's detector reads a benchmark: by what it says of itself, whatever it is called."""
+    return "world" in benchmark.evaluator
+
+
 def geneval(seeds: int = SEEDS) -> Benchmark:
     """GenEval: 553 prompts of six tasks, by default four images of each, with what to look for as facts."""
     entries = tuple(

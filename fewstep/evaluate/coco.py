@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,13 +74,13 @@ def coco(name: str, captions: Path, count: int | None = None) -> Benchmark:
     entries = _listed(captions) if captions.suffix == ".txt" else choose(captions, wanted)
     if len(entries) < wanted:
         raise ValueError(f"{captions} has captions of {len(entries)} images, {name} asks for {wanted}")
-    prepared = asdict(PROTOCOLS[name])
+    how = PROTOCOLS[name]
     return Benchmark(
         name=name if wanted == PROTOCOLS[name].captions else f"{name}-first{wanted}",
         entries=tuple(entries[:wanted]),
         seeds=1,
-        evaluator={"features": prepared["features"], "reference": prepared["reference"]},
-        preprocessing=f"middle square, {prepared['filter']} to {prepared['size']}, png",
+        evaluator=_evaluator(how),
+        preprocessing=_preprocessing(how),
     )
 
 
@@ -118,20 +118,12 @@ def choose(captions: Path, count: int) -> list[Entry]:
     return list(chosen.values())
 
 
-def prepare(image: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
-    """An image, real or generated, as a protocol shows it to its network.
-
-    Args:
-        image: (H, W, 3).
-        name: of the protocol; what is appended for a smaller one does not matter.
+def prepare(image: NDArray[np.uint8], how: Preparation) -> NDArray[np.uint8]:
+    """An image (H, W, 3), real or generated, as a protocol shows it to its network.
 
     Returns:
         (S, S, 3): the middle square, resized; as it is where it has that size.
-
-    Raises:
-        ValueError: no protocol of COCO.
     """
-    how = preparation(name)
     height, width = image.shape[:2]
     side = min(height, width)
     top, left = round((height - side) / 2), round((width - side) / 2)
@@ -141,16 +133,18 @@ def prepare(image: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
     return np.asarray(square)
 
 
-def preparation(name: str) -> Preparation:
-    """The settings of a protocol, by its name or that of its beginning.
+def preparation(benchmark: Benchmark) -> Preparation | None:
+    """The settings of a protocol of COCO, by what it says of itself; None for others, whatever they are called."""
+    told = dict(benchmark.evaluator), benchmark.preprocessing
+    return next((how for how in PROTOCOLS.values() if (_evaluator(how), _preprocessing(how)) == told), None)
 
-    Raises:
-        ValueError: no protocol of COCO.
-    """
-    found = PROTOCOLS.get(name.split("-first")[0])
-    if found is None:
-        raise ValueError(f"{name} is none of {', '.join(PROTOCOLS)}")
-    return found
+
+def _evaluator(how: Preparation) -> dict[str, str]:
+    return {"features": how.features, "reference": how.reference}
+
+
+def _preprocessing(how: Preparation) -> str:
+    return f"middle square, {how.filter} to {how.size}, png"
 
 
 def reference_files(folder: Path, benchmark: Benchmark) -> list[Path]:
@@ -158,14 +152,15 @@ def reference_files(folder: Path, benchmark: Benchmark) -> list[Path]:
 
     Args:
         folder: of real images, such as val2014.
-        benchmark: of COCO, then as its name says; of anything else all images.
+        benchmark: of COCO, then as it says; of anything else all images.
 
     Raises:
         ValueError: no folder, no images, or a matched image that is missing.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: give the one with the real images as --reference")
-    if benchmark.name.split("-first")[0] in PROTOCOLS and preparation(benchmark.name).reference == "matched":
+    how = preparation(benchmark)
+    if how is not None and how.reference == "matched":
         return [_matched(folder, entry.facts) for entry in benchmark.entries]
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES)
     if not files:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fewstep.evaluate import planning
 from fewstep.evaluate.scores import counted, draws_of, groupings, headline
-from fewstep.evaluate.statistics import Estimate, Shares, bootstrap, paired, shares
+from fewstep.evaluate.statistics import Estimate, Shares, bootstrap, paired, shares, with_bounds
 
 LEVEL = planning.LEVEL
 SPREADS = 0.1  # of a score: the difference worth finding, in standard deviations of the baseline's images
@@ -54,7 +54,8 @@ class Comparison:
         wins: share of images that beat the baseline's, ties half; None for verdicts.
         same: whether every image got the same verdict or score.
         worth: the difference that `needed` is for.
-        needed: prompts like these to find it in four of five trials; None where one prompt of a category is all there is.
+        needed: prompts like these to find it in four of five trials; None where one prompt of a category is all there is, or
+            no prompt differs from another: nothing is known of their spread then.
     """
 
     baseline: str
@@ -126,7 +127,7 @@ def compare(records: Sequence[Mapping[str, Any]], metric: str, worth: float | No
     if not aim > 0:
         raise ValueError(f"a difference worth finding must be above 0, not {aim}")
     main, own = headline(categories), np.array(counted(categories))
-    raw = [_rows(values[0], arm, categories) for arm in values[1:]]
+    raw = [_rows(values[0], arm, categories, verdicts) for arm in values[1:]]
     adjusted_main = planning.holm([rows[main].p for rows in raw])
     parts = [(i, name) for i, rows in enumerate(raw) for name in rows if name != main]
     adjusted = dict(zip(parts, planning.holm([raw[i][name].p for i, name in parts]), strict=True))
@@ -229,7 +230,7 @@ def _asked(record: Mapping[str, Any]) -> str:
 def _outlook(made: Comparison) -> str:
     """How many prompts would have told."""
     if made.needed is None:
-        return ""
+        return "; these prompts cannot tell how many it would take"
     worth = _figure(made.worth, made.verdicts)
     size = f"{worth} point{'' if worth == '1.0' else 's'}" if made.verdicts else worth
     if made.needed <= made.prompts:
@@ -237,11 +238,14 @@ def _outlook(made: Comparison) -> str:
     return f"; about {_about(made.needed):,} prompts like these would be needed to see one of {size}"
 
 
-def _rows(base: NDArray[np.float64], arm: NDArray[np.float64], categories: Sequence[str]) -> dict[str, Row]:
+def _rows(
+    base: NDArray[np.float64], arm: NDArray[np.float64], categories: Sequence[str], verdicts: bool
+) -> dict[str, Row]:
     out: dict[str, Row] = {}
     draws = draws_of(len(base))
     for names in groupings(categories):
         differences = paired(arm, base, names, draws=draws)
+        differences = with_bounds(differences, arm - base, names, -1, 1) if verdicts else differences
         p = planning.paired_p_value(arm, base, names, draws=draws)
         means = [{n: e.mean for n, e in bootstrap(v, names, draws=1).items()} for v in (base, arm)]
         out |= {n: Row(means[0][n], means[1][n], differences[n], p[n], p[n]) for n in differences}
@@ -266,7 +270,8 @@ def _needed(base: NDArray[np.float64], arm: NDArray[np.float64], categories: Seq
     names = groupings(categories)[0]
     if any(names.count(name) < 2 for name in set(names)):
         return None
-    return planning.prompts_for_difference(worth, planning.per_prompt_sd(arm, base, names)[headline(categories)])
+    spread = planning.per_prompt_sd(arm, base, names)[headline(categories)]
+    return planning.prompts_for_difference(worth, spread) if spread > 1e-12 else None
 
 
 def _lines(one: Comparison) -> list[str]:

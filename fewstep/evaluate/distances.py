@@ -6,8 +6,7 @@ be. Both compare an arm with another one, or with the true scenes of the same pr
 histogram: total variation between the shares of each attribute over all objects, 0 (equal) to 1 (nothing in common).
     Two samples of one distribution are a little apart, too: `floor` says how far, by permutation.
 energy_distance: between two clouds of points, such as latents; needs no detector.
-mmd: squared maximum mean discrepancy with KID's polynomial kernel (x.y / d + 1)^3 between vectors of counts, unbiased:
-    0 on average for equal distributions, so it may be slightly negative.
+counts_of: images as vectors of counts, which `metrics.kid` compares: squared MMD with the kernel (x.y / d + 1)^3, unbiased.
 """
 
 from __future__ import annotations
@@ -21,9 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.evaluate import statistics
-from fewstep.evaluate.metrics import polynomial
 from fewstep.evaluate.outcomes import Outcome
-from fewstep.evaluate.statistics import Estimate
 from fewstep.worlds.shapes.scene import COLORS, SHAPES, SIZES
 
 Float = NDArray[np.float64]
@@ -62,6 +59,11 @@ def counts(facts: Facts) -> dict[str, Float]:
         "objects": [min(len(facts), MOST)],
     }
     return {name: np.array([shown[name].count(v) for v in values], dtype=np.float64) for name, values in VALUES.items()}
+
+
+def counts_of(images: Sequence[Facts]) -> Tensor:
+    """What images show, as vectors of all counts together: (N, D) double."""
+    return torch.from_numpy(np.stack([np.concatenate([*counts(facts).values()]) for facts in images]))
 
 
 def of_arm(outcome: Outcome, truth: bool = False) -> list[Facts]:
@@ -115,29 +117,6 @@ def histograms(
     return out
 
 
-def mmd(
-    first: Sequence[Facts], second: Sequence[Facts], prompts: Sequence[int], draws: int = DRAWS, seed: int = 0
-) -> Estimate:
-    """Squared MMD between two sets of images of the same prompts, with its interval over prompts.
-
-    Pairs of images of one prompt are left out within and between the sets: seeds of a prompt are not independent. So
-    are, in the bootstrap, pairs of a prompt with its own copy.
-
-    Raises:
-        ValueError: sets of different sizes, or fewer than two prompts.
-    """
-    if len(set(prompts)) < 2 or not len(first) == len(second) == len(prompts):
-        raise ValueError(f"mmd needs two aligned sets of images of at least two prompts, got {len(first)}, {len(second)}")
-    x, y = (np.stack([np.concatenate([*counts(f).values()]) for f in side]) for side in (first, second))
-    group = np.unique(np.asarray(prompts), return_inverse=True)[1]
-    apart = 1.0 - np.eye(group.max() + 1)
-    sums = _by_group(_kernel(x, x) + _kernel(y, y) - _kernel(x, y) - _kernel(y, x), group) * apart
-    pairs = _by_group(np.ones((len(x), len(x))), group) * apart
-    weights = np.vstack([np.ones(len(apart)), statistics.resampling(len(apart), draws, seed, 0)])
-    drawn = np.einsum("di,ij,dj->d", weights, sums, weights) / np.einsum("di,ij,dj->d", weights, pairs, weights)
-    return Estimate(float(drawn[0]), *statistics.percentiles(drawn[1:]))
-
-
 def energy_distance(a: Tensor, b: Tensor, paired: bool = False) -> tuple[float, float]:
     """2 E|a - b| - E|a - a'| - E|b - b'| of two samples (N, d), unbiased, and E|a - b|, which bounds it by half.
 
@@ -159,15 +138,3 @@ def energy_distance(a: Tensor, b: Tensor, paired: bool = False) -> tuple[float, 
 
     cross = apart(a, b, diagonal=not paired)
     return float(2 * cross - apart(a, a, False) - apart(b, b, False)), float(cross)
-
-
-def _kernel(x: Float, y: Float) -> Float:
-    out: Float = polynomial(torch.from_numpy(x), torch.from_numpy(y)).numpy()
-    return out
-
-
-def _by_group(values: Float, group: NDArray[np.intp]) -> Float:
-    """Sums of a matrix (N, N) over pairs of groups, (G, G)."""
-    member = np.eye(group.max() + 1)[group]
-    out: Float = member.T @ values @ member
-    return out

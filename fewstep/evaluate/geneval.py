@@ -6,14 +6,15 @@ GenEval's detector needs an environment of its own, so it runs elsewhere and wri
      "color": "red"}], "evaluator": {"detector": "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco", "colors": "clip ViT-L/14"}}
 
 "color" is one of GenEval's ten or a probability of each, and needed only where a prompt names a colour. The results.jsonl that
-GenEval's own program writes (with "filename" and "correct") is taken, too, with the verdicts that stand in it.
+GenEval's own program writes (with "filename" and "correct") is taken, too, with the verdicts that stand in it; the score is
+then called "GenEval (as its results.jsonl says)", because nothing here knows what rules they were made by.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -31,7 +32,11 @@ OFFICIAL = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco"  # the detector that 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 SAME = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}  # detectors use COCO's own names
 PLACE = re.compile(r"(?:^|[\\/])(\d{5})[\\/]samples[\\/](\d{4,5})\.png$")
+PROGRAM = "geneval"  # "program" of an evaluator whose verdicts were not made here
 NOTHING_SEEN = 0.5  # share of images without any object from which on the detector is suspected
+
+RELATIONS = ("left of", "right of", "above", "below")
+WISH = '{"class": "cup", "count": 1, "color": "red", "position": ["left of", 0]} (the last two where asked for)'
 
 Box = tuple[float, float, float, float]
 
@@ -95,10 +100,10 @@ def judge(path: Path, benchmark: Benchmark, rules: Rules = Rules()) -> Judged:
 
     Raises:
         ValueError: a damaged line, an image that was not asked for, stands there twice or is missing, a colour that nobody
-            looked at, or lines of different evaluators; names file, line and image.
+            looked at, another prompt than the benchmark's, or lines of different evaluators; names file, line and image. Or
+            a benchmark that does not say what to look for.
     """
-    if not all("include" in entry.facts for entry in benchmark.entries):
-        raise ValueError(f"{benchmark.name} does not say what to look for: GenEval's rules need entries with `include`")
+    _check_facts(benchmark)
     right = np.zeros((len(benchmark.entries), benchmark.seeds), dtype=np.bool_)
     reasons = [[""] * benchmark.seeds for _ in benchmark.entries]
     seen: set[tuple[int, int]] = set()
@@ -111,11 +116,11 @@ def judge(path: Path, benchmark: Benchmark, rules: Rules = Rules()) -> Judged:
         seen.add(image)
         evaluators[json.dumps(_evaluator(line, where), sort_keys=True)] = None
         prompt, seed = image
+        entry = benchmark.entries[prompt]
         if "correct" in line:
-            found, verdict = True, (line["correct"] is True, str(line.get("reason", "")))
+            found, verdict = _told(line, entry.text, where)
         else:
             objects = _objects(line, where)
-            entry = benchmark.entries[prompt]
             best = kept(objects, entry.category == "counting", rules)
             try:
                 found, verdict = bool(best), verdict_of(best, entry.facts, rules)
@@ -133,11 +138,14 @@ def judge(path: Path, benchmark: Benchmark, rules: Rules = Rules()) -> Judged:
     if len(evaluators) > 1:
         raise ValueError(f"{path} has lines of several evaluators: {'; '.join(evaluators)}")
     evaluator = json.loads(next(iter(evaluators)))
-    return Judged(right, reasons, {**evaluator, "rules": asdict(rules)}, _suspicions(empty, len(seen)))
+    known = {} if evaluator.get("program") == PROGRAM else {"rules": asdict(rules)}
+    return Judged(right, reasons, evaluator | known, _suspicions(empty, len(seen)))
 
 
 def label(evaluator: Mapping[str, Any]) -> str:
-    """What a score may be called: "GenEval" only with the detector that its thresholds were chosen for."""
+    """What a score may be called: "GenEval" only by our rules on detections of the detector that they were chosen for."""
+    if evaluator.get("program") == PROGRAM:
+        return "GenEval (as its results.jsonl says)"
     detector = str(evaluator.get("detector") or f"sidecar {evaluator.get('sidecar')}")
     return "GenEval" if detector == OFFICIAL else f"GenEval with {detector}"
 
@@ -275,10 +283,51 @@ def _image(line: Mapping[str, Any], where: str, benchmark: Benchmark) -> tuple[i
 def _evaluator(line: Mapping[str, Any], where: str) -> dict[str, Any]:
     told = line.get("evaluator")
     if "correct" in line and told is None:
-        return {"detector": OFFICIAL, "program": "geneval"}
+        told = {"detector": OFFICIAL}
     if not isinstance(told, dict) or not any(isinstance(told.get(key), str) for key in ("detector", "sidecar")):
         raise ValueError(f'{where}: `evaluator` must name what looked, such as {{"detector": "{OFFICIAL}"}}')
-    return told
+    plain = {key: value for key, value in told.items() if key != "program"}
+    return plain | {"program": PROGRAM} if "correct" in line else plain
+
+
+def _told(line: Mapping[str, Any], prompt: str, where: str) -> tuple[bool, tuple[bool, str]]:
+    """Whether GenEval's program saw anything, and its verdict, from a line of its results."""
+    if not isinstance(line["correct"], bool):
+        raise ValueError(f"{where}: `correct` must be true or false, not {str(line['correct'])[:40]}")
+    if line.get("prompt", prompt) != prompt:
+        raise ValueError(f"{where} is of the prompt {str(line['prompt'])[:80]!r}; the benchmark's is {prompt!r}")
+    reason = str(line.get("reason", ""))
+    boxes = line.get("details")  # of what was seen, by class, as JSON within JSON
+    saw = bool(boxes) and boxes != "{}"
+    faults = [fault for fault in reason.splitlines() if not fault.startswith("no target")]
+    nothing = not line["correct"] and bool(faults) and all(fault.endswith("found 0") for fault in faults)
+    return saw or not nothing, (line["correct"], reason)
+
+
+def _check_facts(benchmark: Benchmark) -> None:
+    """Refuse prompts whose facts are not GenEval's, before anything is judged by them."""
+    for number, entry in enumerate(benchmark.entries):
+        if "include" not in entry.facts:
+            raise ValueError(f"{benchmark.name} does not say what to look for: GenEval's rules need entries with `include`")
+        include, exclude = entry.facts["include"], entry.facts.get("exclude", [])
+        if not (isinstance(include, list | tuple) and isinstance(exclude, list | tuple)):
+            raise ValueError(f"{benchmark.name}, prompt {number}: `include` and `exclude` must be lists")
+        for at, wish in enumerate([*include, *exclude]):
+            good = isinstance(wish, dict) and isinstance(wish.get("class"), str) and _whole(wish.get("count"), 1)
+            good = good and isinstance(wish.get("color", ""), str) and _placed(wish.get("position"), at)
+            if not good:
+                raise ValueError(f"{benchmark.name}, prompt {number}: {str(wish)[:120]} is no wish such as {WISH}")
+
+
+def _placed(position: Any, own: int) -> bool:
+    if position is None:
+        return True
+    pair = isinstance(position, list | tuple) and len(position) == 2
+    return pair and position[0] in RELATIONS and _whole(position[1], 0) and position[1] < own
+
+
+def _whole(x: Any, least: int) -> bool:
+    return type(x) is int and x >= least
 
 
 def _objects(line: Mapping[str, Any], where: str) -> list[Found]:
@@ -309,4 +358,5 @@ def _object(item: Any, where: str) -> Found:
 
 
 def _number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+    """Whether a value of JSON is a number that floating point holds; integers of JSON may have any length."""
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= sys.float_info.max

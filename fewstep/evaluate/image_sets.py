@@ -5,7 +5,8 @@
     00012/metadata.jsonl          one line: the prompt and its facts
     00012/samples/0003.png        prompt 12, seed 3
 
-Every image appears by a rename. A set is whole when no image is missing; a set that is not is never scored.
+Its own generator writes five digits (00003.png), which are read, too. Every image of ours appears by a rename. A set is whole
+when no image is missing; a set that is not is never scored.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class ImageSet(NamedTuple):
         Raises:
             ValueError: it is missing or damaged.
         """
-        path = self.folder / file_name(prompt, seed)
+        path = located(self.folder, prompt, seed)
         try:
             with Image.open(path) as opened:
                 return np.asarray(opened.convert("RGB"))
@@ -61,8 +62,14 @@ class ImageSet(NamedTuple):
 
 
 def file_name(prompt: int, seed: int) -> str:
-    """Where an image lies in its set."""
+    """Where an image of ours lies in its set."""
     return f"{prompt:05d}/samples/{seed:04d}.png"
+
+
+def located(folder: Path, prompt: int, seed: int) -> Path:
+    """An image's file in a set: ours, or the one that GenEval's generator wrote; ours where there is none."""
+    own, theirs = folder / file_name(prompt, seed), folder / f"{prompt:05d}/samples/{seed:05d}.png"
+    return theirs if theirs.is_file() and not own.is_file() else own
 
 
 def begin(folder: Path, benchmark: Benchmark, sampling: Mapping[str, Any]) -> None:
@@ -121,14 +128,14 @@ def told(folder: Path) -> dict[str, Any]:
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
         _ = held["name"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): draw the set anew, in another folder") from None
     return dict(held)
 
 
 def missing(folder: Path, benchmark: Benchmark) -> list[str]:
     """Names of images that are not there."""
-    return [name for p, s in benchmark.images if not (folder / (name := file_name(p, s))).is_file()]
+    return [file_name(*image) for image in benchmark.images if not located(folder, *image).is_file()]
 
 
 def read(folder: Path, benchmark: Benchmark | None = None) -> ImageSet:
@@ -166,7 +173,7 @@ def _same_prompts(folder: Path, asked: Benchmark) -> None:
         path = folder / f"{number:05d}" / "metadata.jsonl"
         try:
             text = json.loads(path.read_text(encoding="utf-8"))["prompt"] if path.is_file() else entry.text
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged ({error!r}): delete it, if the images are of the right prompts") from None
         if text != entry.text:
             raise ValueError(f"{path} says {str(text)[:80]!r}; prompt {number} of {asked.name} is {entry.text!r}")

@@ -76,7 +76,9 @@ def moments(x: Tensor, before: Moments | None = None) -> Moments:
 def frechet(a: Tensor | Moments, b: Tensor | Moments) -> Frechet:
     """Squared Fréchet distance of normal distributions with the sets' moments (Dowson and Landau 1982; Heusel et al. 2017).
 
-    |mean_a - mean_b|^2 + tr(A) + tr(B) - 2 tr((A^1/2 B A^1/2)^1/2), with roots of symmetric matrices by their eigenvalues.
+    |mean_a - mean_b|^2 + tr(A) + tr(B) - 2 tr((A^1/2 B A^1/2)^1/2), with roots of symmetric matrices by their eigenvalues. Of
+    fewer points than dimensions that last trace is the sum of the singular values of X Y', X and Y the centred points over
+    the root of N - 1: a small matrix.
 
     It has no interval, on purpose: the estimate is too large by about 1 / N times a number that depends on the model (Chong
     and Forsyth 2020), and resampling adds that bias again instead of showing it. Compare values at equal N only, and give
@@ -97,10 +99,14 @@ def frechet(a: Tensor | Moments, b: Tensor | Moments) -> Frechet:
     width = len(first.mean)
     if width != len(second.mean):
         raise ValueError(f"the sets have {width} and {len(second.mean)} features: take them from one network")
-    values, vectors = torch.linalg.eigh(first.covariance)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    inner = root @ second.covariance @ root
-    shared = torch.linalg.eigvalsh((inner + inner.T) / 2).clamp(min=0).sqrt().sum()
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and max(len(a), len(b)) < width:
+        x, y = ((double(s) - m.mean) / math.sqrt(m.n - 1) for s, m in ((a, first), (b, second)))
+        shared = torch.linalg.svdvals(x @ y.T).sum()
+    else:
+        values, vectors = torch.linalg.eigh(first.covariance)
+        root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+        inner = root @ second.covariance @ root
+        shared = torch.linalg.eigvalsh((inner + inner.T) / 2).clamp(min=0).sqrt().sum()
     spread = first.covariance.trace() + second.covariance.trace() - 2 * shared
     value = float((first.mean - second.mean).square().sum() + spread)
     warnings = tuple(

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.evaluate.benchmark import Benchmark, asked_and_sampled, digest
-from fewstep.evaluate.image_sets import ImageSet, file_name
-from fewstep.evaluate.statistics import DRAWS, OVERALL, bootstrap, shares
+from fewstep.evaluate.image_sets import ImageSet, file_name, located
+from fewstep.evaluate.statistics import DRAWS, OVERALL, bootstrap, shares, with_bounds
 from fewstep.worlds.shapes.grammar import GENEVAL_TASKS
 
 FORMAT, FILE = 1, "scores.json"
 EVERY = "all"  # the row of all prompts, where there is no overall score of GenEval's tasks
 NONE = "no category"
+FEW = 5  # prompts of a row, below which its interval says little
 MOST = 2 * 10**7  # numbers of a bootstrap held at once
 FEWEST_DRAWS = 1000
 
@@ -84,11 +86,13 @@ def table(values: NDArray[np.float64], categories: Sequence[str], verdicts: bool
     """Mean and 95 % interval of every category and, first, of the whole.
 
     The whole is "overall", the mean of GenEval's six tasks, where these are there, else "all", the mean of prompts. The unit of
-    resampling is the prompt. Verdicts also get the shares of prompts with one and with all seeds right.
+    resampling is the prompt. Verdicts also get the shares of prompts with one and with all seeds right, and where no prompt
+    of a row differs from another an exact bound (`statistics.unseen`) instead of an interval without width.
     """
     out: dict[str, dict[str, float]] = {}
     for names in groupings(categories):
         estimates = bootstrap(values, names, draws=draws_of(len(values)))
+        estimates = with_bounds(estimates, values, names, 0, 1) if verdicts else estimates
         right = shares(values, names) if verdicts else {}
         for name, estimate in estimates.items():
             count = sum(counted(categories)) if name == OVERALL else names.count(name)
@@ -98,12 +102,24 @@ def table(values: NDArray[np.float64], categories: Sequence[str], verdicts: bool
 
 
 def groupings(categories: Sequence[str]) -> list[list[str]]:
-    """The ways prompts are grouped: by category, and all together where no overall score is defined."""
-    named = [c or NONE for c in categories]
+    """The ways prompts are grouped: by category, and all together where no overall score is defined.
+
+    A category that is called like the row of the whole, or like prompts without one, is told apart by what follows its name.
+    """
+    named = [f"{c} (category)" if c in (EVERY, OVERALL, NONE) else c or NONE for c in categories]
     together = [EVERY] * len(named)
     if set(GENEVAL_TASKS) <= set(named):
         return [named]
     return [together, named] if len(set(named)) > 1 else [together]
+
+
+def figures(table: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Figures of a metric of the whole set: "value", and "lo" and "hi" of those that have an interval."""
+    found = {name: {"value": float(value)} for name, value in table.items()}
+    for name in table:
+        if f"{name} lo" in table and f"{name} hi" in table:
+            found[name] |= {end: found.pop(f"{name} {end}")["value"] for end in ("lo", "hi")}
+    return found
 
 
 def headline(categories: Sequence[str]) -> str:
@@ -124,7 +140,7 @@ def draws_of(prompts: int) -> int:
 
 def images_hash(folder: Path, benchmark: Benchmark) -> str:
     """sha256 over all files of a set, in order."""
-    return files_hash([folder / file_name(*image) for image in benchmark.images])
+    return files_hash([located(folder, *image) for image in benchmark.images])
 
 
 def files_hash(files: Sequence[Path]) -> str:
@@ -136,7 +152,7 @@ def files_hash(files: Sequence[Path]) -> str:
 
 
 def begin(images: ImageSet) -> dict[str, Any]:
-    """The record of a whole set; metrics that its scores.json holds of these very images are kept."""
+    """The record of a whole set; metrics that its scores.json holds of these very images are kept, unless it is damaged."""
     asked = images.benchmark
     record = {
         "format": FORMAT,
@@ -148,7 +164,7 @@ def begin(images: ImageSet) -> dict[str, Any]:
         "categories": asked.categories,
         "metrics": {},
     }
-    if (images.folder / FILE).is_file():
+    with suppress(ValueError):  # none there, or damaged: it is made anew
         held = read(images.folder)
         if all(held[key] == record[key] for key in ("images", "protocol")):
             record["metrics"] = held["metrics"]
@@ -185,7 +201,7 @@ def read(place: Path) -> dict[str, Any]:
         _ = record["name"], record["benchmark"]["hash"], record["protocol"], record["images"], record["sampling"]
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): `fewstep eval` of that set writes it") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or of another version ({error}): make it again with `fewstep eval`") from None
     return record
 
@@ -201,13 +217,20 @@ def show(record: Mapping[str, Any]) -> str:
     for metric in record["metrics"].values():
         lines += ["", *_rows(metric, asked["hash"][:12])]
         lines += [f"! {text}" for text in metric["warnings"]]
+    rows = [row for m in record["metrics"].values() if m["kind"] != "distance" for row in m["table"].values()]
+    if any(row["prompts"] < FEW for row in rows):
+        lines += ["", f"! Rows of fewer than {FEW} prompts: their intervals say little, and none at all of a single prompt"]
     return "\n".join(lines)
 
 
 def _rows(metric: Mapping[str, Any], protocol: str) -> list[str]:
     title = f"{metric['label']} [{protocol}]"
     if metric["kind"] == "distance":
-        return [title, *(f"  {name:<16} {value:12.6g}" for name, value in metric["table"].items())]
+        lines = [title]
+        for name, e in figures(metric["table"]).items():
+            interval = f"  {e['lo']:.6g} to {e['hi']:.6g}" if "lo" in e else ""
+            lines.append(f"  {name:<30} {e['value']:12.6g}{interval}")
+        return lines
     if metric["kind"] == "verdict":
         head = f"{title:<32} {'right':>7} {'interval':>15} {'one seed':>9} {'all seeds':>10} {'prompts':>8}"
         return [

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,6 +74,7 @@ def run(
     *,
     partial: Path | None = None,
     check: Check | None = None,
+    accept: Callable[[Mapping[str, Any]], None] | None = None,
     loading_s: float = LOADING,
 ) -> Results:
     """Ask a sidecar about every image.
@@ -86,6 +87,7 @@ def run(
         partial: where answers are kept as they come. Those already there are not asked again, if the request and the image's
             file are as they were. It stays for the caller to delete.
         check: looks at an answer and returns what to keep of it; its ValueError ends the evaluation.
+        accept: looks at what the sidecar says of itself; its ValueError ends the evaluation before anything is asked.
         loading_s: longest wait for the first line, and for the first answer, seconds: models load before either.
 
     Raises:
@@ -100,13 +102,16 @@ def run(
     keys = {name: _key(request) for name, request in asked.items()}
     told, answers = _kept(partial, keys)
     open_ones = [name for name in asked if name not in answers]
+    accept = accept or _anyone
     if told and not open_ones:
+        accept(told)
         return Results(told, answers)
     with Child(command) as child:
         evaluator = _greeting(child, loading_s)
         if told and told != evaluator:
             raise ValueError(f"{partial} holds answers of another evaluator ({_title(told)}, now {_title(evaluator)}): "
                              "delete it, and all images are asked about again")
+        accept(evaluator)
         _needs(evaluator, [asked[name] for name in open_ones])
         keep = _Keeper(partial, evaluator, keys, answers)
         child.send([asked[name] for name in open_ones])
@@ -127,93 +132,9 @@ def requests_of(images: ImageSet) -> list[dict[str, Any]]:
     found = []
     for prompt, seed in images.benchmark.images:
         entry, name = images.benchmark.entries[prompt], image_sets.file_name(prompt, seed)
-        file = str((images.folder / name).resolve())
+        file = str(image_sets.located(images.folder, prompt, seed).resolve())
         found.append({"id": name, "file": file, "prompt": entry.text, "category": entry.category, "facts": dict(entry.facts)})
     return found
-
-
-def detections(
-    images: ImageSet,
-    command: Sequence[str],
-    out: Path,
-    timeout_s: float = ANSWERING,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> Path:
-    """Let a sidecar detect the objects of every image of a set.
-
-    Args:
-        images: a whole set.
-        command: the sidecar's program and arguments.
-        out: file to write, one line an image: {"file": "00012/samples/0003.png", "detections": [{"class": "cup",
-            "score": 0.9, "box": [x1, y1, x2, y2], "color": "red"}], "evaluator": {"sidecar": ..., "version": ...}}. Boxes
-            are pixels, x to the right, y down; "color" is there where the sidecar read it. Beside it, a file of the same
-            name with .partial keeps the answers so far.
-        timeout_s, on_progress: see `run`.
-
-    Raises:
-        ValueError: see `run`; or a detection without class, score and box.
-    """
-    return _write(images, command, out, detected, timeout_s, on_progress)
-
-
-def scores(
-    images: ImageSet,
-    command: Sequence[str],
-    out: Path,
-    timeout_s: float = ANSWERING,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> Path:
-    """Let a sidecar score every image of a set.
-
-    Args:
-        images, command, timeout_s, on_progress: see `detections`.
-        out: file to write, one line an image: {"file": ..., "score": 0.31, "evaluator": {...}}, and what else the sidecar
-            answered.
-
-    Raises:
-        ValueError: see `run`; or an answer without a finite number as "score".
-    """
-    return _write(images, command, out, scored, timeout_s, on_progress)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that `detections` or `scores` wrote, in their order.
-
-    Raises:
-        ValueError: missing or damaged; names the line.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): let a sidecar write it") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        row = _object(line)
-        if row is None or "file" not in row or not ("detections" in row or "score" in row):
-            raise ValueError(f"{path}, line {number}: not an object with file and detections or score; make it again")
-        rows.append(row)
-    return rows
-
-
-def _write(
-    images: ImageSet,
-    command: Sequence[str],
-    out: Path,
-    check: Check,
-    timeout_s: float,
-    on_progress: Callable[[int, int], None] | None,
-) -> Path:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    found = run(command, requests_of(images), timeout_s, on_progress, partial=partial, check=check)
-    fresh = out.with_name(out.name + ".new")
-    with fresh.open("w", encoding="utf-8") as file:
-        for name, answer in found.answers.items():
-            told = {k: v for k, v in answer.items() if k not in ("file", "evaluator")}
-            file.write(json.dumps({"file": name, **told, "evaluator": found.evaluator}) + "\n")
-    os.replace(fresh, out)
-    partial.unlink(missing_ok=True)
-    return out
 
 
 def detected(answer: Answer) -> Answer:
@@ -253,15 +174,20 @@ def _any(answer: Answer) -> Answer:
     return answer
 
 
+def _anyone(told: Mapping[str, Any]) -> None:
+    """Every evaluator is welcome."""
+
+
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value of JSON is a number that floating point holds; integers of JSON may have any length."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _object(line: str) -> dict[str, Any] | None:
     """A line as a JSON object, or None."""
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
@@ -295,6 +221,10 @@ def _greeting(child: Child, loading_s: float) -> dict[str, Any]:
     if told is None or not all(isinstance(told.get(key), str) and told[key] for key in ("sidecar", "version")):
         raise ValueError(f"{child.name}: its first line must be a JSON object with sidecar and version, not {line[:120]!r}. "
                          f"What libraries print must go to standard error{child.last_words()}")
+    try:
+        json.dumps(told, allow_nan=False)
+    except ValueError:  # it enters the record of every score, which is strict JSON: better now than after all answers
+        raise ValueError(f"{child.name}: its first line holds a number that is not finite: {line[:200]}") from None
     return told
 
 

@@ -85,6 +85,39 @@ def paired(
     return bootstrap(first - second, tasks, draws, seed, level)
 
 
+def unseen(value: float, prompts: int, low: float, high: float, level: float = LEVEL) -> Estimate:
+    """The interval of a mean where all of so many prompts gave one value: a bootstrap has no width there, but knows no more.
+
+    Of n prompts without an exception, exceptions are at most u = 1 - ((1 - level) / 2)^(1 / n) of all prompts (Clopper and
+    Pearson 1934), and an exception is anything from `low` to `high`: for n right verdicts that is their exact bound.
+
+    Args:
+        value: that all prompts gave.
+        prompts: how many.
+        low, high: what a prompt can give at all: 0 and 1 for verdicts, -1 and 1 for their differences.
+        level: coverage of the interval; at least that.
+    """
+    rest = ((1 - level) / 2) ** (1 / prompts)
+    return Estimate(value, rest * value + (1 - rest) * low, rest * value + (1 - rest) * high)
+
+
+def with_bounds(
+    estimates: dict[str, Estimate], values: ArrayLike, tasks: Sequence[str], low: float, high: float
+) -> dict[str, Estimate]:
+    """Estimates of `bootstrap`, with `unseen` where all prompts of a task agree, and for "overall" where they do in all six.
+
+    Args:
+        estimates, values, tasks: what came of them, and what `bootstrap` was given.
+        low, high: as in `unseen`.
+    """
+    rows, names = _prompt_means(values, tasks), list(tasks)
+    own = {name: rows[np.array([t == name for t in names])] for name in dict.fromkeys(names)}
+    still = {name: len(x) for name, x in own.items() if np.ptp(x) < 1e-12}
+    if OVERALL in estimates and set(GENEVAL_TASKS) <= set(still):
+        still[OVERALL] = len(GENEVAL_TASKS) * min(still[t] for t in GENEVAL_TASKS)
+    return estimates | {name: unseen(estimates[name].mean, n, low, high) for name, n in still.items()}
+
+
 def over_runs(
     values: ArrayLike, tasks: Sequence[str], draws: int = DRAWS, seed: int = 0, level: float = LEVEL
 ) -> dict[str, Estimate]:

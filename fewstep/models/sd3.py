@@ -264,7 +264,12 @@ def encode(pipe: StableDiffusion3Pipeline, prompts: Sequence[str], t5_tokens: in
 
 
 def encode_in_turn(
-    folder: Path, prompts: Sequence[str], t5_tokens: int, dtype: torch.dtype = torch.float32, keep: Sequence[str] = ENCODERS
+    folder: Path,
+    prompts: Sequence[str],
+    t5_tokens: int,
+    dtype: torch.dtype = torch.float32,
+    keep: Sequence[str] = ENCODERS,
+    at_once: int | None = None,
 ) -> TextCond:
     """As `encode`, with one text encoder in memory at a time and none afterwards: the largest sets the peak, not the sum.
 
@@ -274,6 +279,7 @@ def encode_in_turn(
         t5_tokens: tokens of T5.
         dtype: of the encoders' weights in memory.
         keep: those that are used; zeros stand for the others.
+        at_once: prompts that are encoded together; all by default.
 
     Raises:
         ValueError: not a pipeline folder, or none of `keep` in it.
@@ -284,13 +290,21 @@ def encode_in_turn(
     parts = []
     for name in there:
         pipe = load(folder, dtype, [other for other in NETWORKS if other != name])
-        with torch.device("meta"):  # its configuration says how wide the others are
-            shape = SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(folder / "transformer"))
-        pipe.register_modules(transformer=shape)
-        parts.append(encode(pipe, prompts, t5_tokens))
+        pipe.register_modules(transformer=shape(folder))
+        most = at_once or len(prompts)
+        chunks = [encode(pipe, prompts[first : first + most], t5_tokens) for first in range(0, len(prompts), most)]
+        parts.append(TextCond.cat(chunks))
         del pipe
     # each is zero where the others are not
     return TextCond(torch.stack([p.tokens for p in parts]).sum(0), torch.stack([p.pooled for p in parts]).sum(0))
+
+
+def shape(folder: Path) -> SD3Transformer2DModel:
+    """A denoiser without numbers: its configuration says how wide text encoders are that are not there."""
+    config = SD3Transformer2DModel.load_config(folder / "transformer")
+    with torch.device("meta"):
+        made: SD3Transformer2DModel = SD3Transformer2DModel.from_config(config)
+    return made
 
 
 @torch.no_grad()

@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fewstep.evaluate import comparison, scores
+import numpy as np
+
+from fewstep.evaluate import comparison, planning, scores
+
+SIZES = (100, 380, 553, 1_000, 5_000)  # prompts: the bundled protocol has 380, GenEval 553
 
 
 def run(places: Sequence[Path], metric: str | None = None, worth: float | None = None) -> tuple[str, dict[str, Any]]:
@@ -31,3 +35,49 @@ def run(places: Sequence[Path], metric: str | None = None, worth: float | None =
     aim = worth if worth is None or not verdicts else worth / 100
     made = comparison.compare(records, chosen, aim)
     return comparison.show(records, made), comparison.as_json(records, made)
+
+
+def plan(
+    worth: float,
+    share: float = 0.7,
+    correlation: float = 0.25,
+    seeds: int = 4,
+    scored: Path | None = None,
+    metric: str | None = None,
+) -> str:
+    """How many prompts a comparison needs, before it is made, in words.
+
+    Args:
+        worth: the difference to be found, in points.
+        share: of right images, about the same in both arms.
+        correlation: between images of one prompt.
+        seeds: images of each prompt.
+        scored: a set whose verdicts say share, correlation and seeds instead; it needs two seeds or more.
+        metric: of that set; the first with verdicts by default.
+
+    Raises:
+        ValueError: a number out of range, or a set without verdicts or with one seed.
+    """
+    if scored is not None:
+        record = scores.read(scored)
+        names = [n for n, m in record["metrics"].items() if m["kind"] == "verdict" and metric in (None, n)]
+        if not names:
+            raise ValueError(f"{scored} has no verdicts{f' called {metric}' if metric else ''} to plan with: score it first")
+        values, categories = np.asarray(record["metrics"][names[0]]["values"], dtype=np.float64), record["categories"]
+        own = np.array(scores.counted(categories))
+        share, seeds = float(values[own].mean()), values.shape[1]
+        tasks = [c for c, used in zip(categories, own, strict=True) if used]
+        correlation = max(0.0, planning.intra_prompt_correlation(values[own], tasks))  # slightly below 0 by chance
+    spread = planning.assumed_sd(share, seeds, correlation)
+    needed = planning.prompts_for_difference(worth / 100, spread)
+    finds = [f"{n:,}: {100 * planning.detectable_difference(n, spread):.1f}" for n in SIZES]
+    lines = [
+        f"To find a difference of {worth:g} points in four of five trials: {needed:,} prompts x {seeds} seeds of each arm "
+        f"({needed * seeds:,} images).",
+        f"Assumed: {100 * share:.1f} % of images right, correlation {correlation:.2f} between images of a prompt, arms "
+        "that have nothing in common.",
+        "Arms on the same noise have much in common and need fewer: compare two small sets, and fewstep compare counts with "
+        "what they show.",
+        f"Points that so many prompts find: {', '.join(finds)}.",
+    ]
+    return "\n".join(lines)

@@ -6,9 +6,11 @@ score, and the command ends with code 1.
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from PIL import Image
 from fewstep.engine import doctor
 from fewstep.engine.doctor import Finding, State
 from fewstep.evaluate import adapters, sidecar
-from fewstep.evaluate.adapters import selftests
+from fewstep.evaluate.adapters import inception, selftests
 
 PATIENCE = 600.0  # seconds for a sidecar to load, and to answer
 # Sidecars whose scripts are in examples/sidecars, and what they read.
@@ -54,7 +56,9 @@ def run(sidecars: Sequence[str] = (), weights: Sequence[str] = ()) -> bool:
 def findings(sidecars: Sequence[str], weights: dict[str, str]) -> Iterator[Finding]:
     """Of all adapters, of the sidecars whose commands are given, and of those that are known and not given."""
     for name in (*adapters.SCORES, *adapters.FEATURES):
-        where = weights.get(name)
+        where, needs = weights.get(name), (adapters.SCORES | adapters.FEATURES)[name].needs
+        if needs and find_spec(needs) is None:
+            yield Finding("note", name, f"{needs} is absent", inception.PIP)
         yield from doctor.guarded(lambda name=name, where=where: iter(adapters.selftest(name, where)), name)  # type: ignore[misc]
     for text in sidecars:
         yield from doctor.guarded(lambda text=text: of_sidecar(text), "sidecar")  # type: ignore[misc]
@@ -77,7 +81,9 @@ def of_sidecar(text: str) -> Iterator[Finding]:
         try:
             found = sidecar.run(words, requests, PATIENCE, loading_s=PATIENCE)
         except ValueError as error:
-            yield Finding("FAIL", name, "does not answer", " ".join(str(error).split())[:600])
+            lacks = re.search(r"no module named '?([\w.]+)", str(error), re.IGNORECASE)
+            what = f"lacks the library {lacks[1]} in its environment" if lacks else "does not answer"
+            yield Finding("FAIL", name, what, " ".join(str(error).split())[:600])
             return
     told = found.evaluator
     yield Finding("ok", name, f"{told['sidecar']} {told['version']} answered about {len(found.answers)} pictures")

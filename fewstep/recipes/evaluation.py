@@ -10,7 +10,8 @@ import csv
 import difflib
 import json
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ def protocol(
     if name == "geneval":
         found = builtin.geneval()
     elif prompts is not None:
-        found = Benchmark(PARTI if name == PARTI else prompts.stem, entries(prompts), 1, {})
+        found = Benchmark(PARTI if name == PARTI else f"{OWN}:{prompts.stem}", entries(prompts), 1, {})
     else:
         found = protocols.read(Path(name))
     found = found if seeds is None else replace(found, seeds=seeds)
@@ -126,6 +127,30 @@ def is_set(folder: Path) -> bool:
     return (folder / image_sets.BENCHMARK).is_file() or (folder / "00000" / "samples").is_dir()
 
 
+def only_of_models(
+    folder: Path, how: Sampling, out: Path | None, protocol: str | None, of_protocol: Mapping[str, object]
+) -> None:
+    """Refuse options that do not go with a set: its images are there, and it knows what they answer.
+
+    Args:
+        folder: the set.
+        how, out: what says how and where images are drawn.
+        protocol: that the set is held against.
+        of_protocol: options that go with a protocol alone, by name.
+
+    Raises:
+        ValueError: names the options.
+    """
+    plain = Sampling()
+    given = [f.name for f in fields(how) if getattr(how, f.name) != getattr(plain, f.name)] + (["out"] if out else [])
+    wrong = [f"--{'guidance' if name == 'guidance_scale' else name}" for name in given]
+    if wrong:
+        raise ValueError(f"{folder} is a set of images, not a model: {', '.join(wrong)} would draw others; leave that out")
+    loose = [f"--{name}" for name, value in of_protocol.items() if value is not None]
+    if loose and protocol is None:
+        raise ValueError(f"{folder} says itself what it answers: {', '.join(loose)} goes with --protocol alone; leave that out")
+
+
 def draw(model: str, asked: Benchmark, out: Path | None, name: str | None, how: Sampling) -> Path:
     """Draw the images that a set lacks.
 
@@ -154,7 +179,7 @@ def draw(model: str, asked: Benchmark, out: Path | None, name: str | None, how: 
     for text in said:
         print(f"! {text}", file=sys.stderr)
     _same_arm(folder, arm, engine.contract, settled, asked)
-    lacking = {image: ask for image, ask in asks.items() if not (folder / image_sets.file_name(*image)).is_file()}
+    lacking = {image: ask for image, ask in asks.items() if not image_sets.located(folder, *image).is_file()}
     if lacking:
         assert settled.width and settled.height
         batch = how.batch or max(1, min(MOST_AT_ONCE, AT_ONCE // (settled.width * settled.height)))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from fewstep.data import prompt_files
 from fewstep.engine import artifact
@@ -57,13 +60,23 @@ def prompts_of(prompt: str, file: str, stdin: TextIO) -> list[str]:
         raise ValueError('give a prompt, such as fewstep generate "a red circle", or --prompts FILE (- is the standard input)')
     if not file:
         return [prompt]
-    lines = [line.strip() for line in stdin] if file == "-" else [line.text for line in prompt_files.read(Path(file))]
+    lines = _lines(stdin) if file == "-" else [line.text for line in prompt_files.read(Path(file))]
     found = list(dict.fromkeys(filter(None, lines)))
     if not found:
         raise ValueError("no prompt came from the standard input: write one a line")
     if len(found) > MOST_PROMPTS:
         raise ValueError(f"{len(found):,} prompts: give at most {MOST_PROMPTS:,} at once")
     return found
+
+
+def _lines(stdin: TextIO) -> list[str]:
+    try:
+        lines = [line.strip() for line in stdin]
+        "".join(lines).encode()  # where the locale says so, bytes that are none of UTF-8 are let through
+    except UnicodeError:
+        fix = "convert it first, such as with iconv -f LATIN1 -t UTF-8"
+        raise ValueError(f"the standard input is not UTF-8 text: {fix}") from None
+    return lines
 
 
 def size_of(text: str) -> tuple[int | None, int | None]:
@@ -99,29 +112,56 @@ def draw(
     """
     if batch < 1:
         raise ValueError(f"--batch {batch}: give 1 or more")
-    settled = {file_name(ask, engine): (ask, said) for ask, said in map(engine.resolve, asks)}
-    there = {path.name: path for day in days(out) for path in day.glob("*.png")}
+    settled = {file_name(ask, engine, told): (ask, said) for ask, said in map(engine.resolve, asks)}
+    there = {path.name: path for day in days(out) for path in day.glob("*.png") if path.name in settled and whole(path)}
     missing = [name for name in settled if name not in there]
     folder = out / (today or datetime.date.today().isoformat())
+    if missing:
+        make_folder(folder, f"--out {out}")
     around, start = png.environment(engine.contract.dtype, engine.device), time.perf_counter()
-    progress, rows = Progress("images", len(missing)), []
-    made: list[Made] = []
+    progress, made = Progress("images", len(missing)), list[Made]()
     for first in range(0, len(missing), batch):
         names = missing[first : first + batch]
         drawn = engine.draw([settled[name][0] for name in names])
-        folder.mkdir(parents=True, exist_ok=True)
+        # before the images, because the page leaves out a row without its image, but never finds an image without its row
+        gallery.append(folder, [_row(name, one, engine) for name, one in zip(names, drawn, strict=True)])
         for name, one in zip(names, drawn, strict=True):
             png.write(folder / name, one, engine.contract, around if told else None)
             there[name] = folder / name
-        rows = [_row(name, one, engine) for name, one in zip(names, drawn, strict=True)]
-        gallery.append(folder, rows)
         made += [one._replace(image=one.image[:0]) for one in drawn]
         progress.show(first + len(names))
     warnings = tuple(dict.fromkeys(text for _, said in settled.values() for text in said))
     seconds = time.perf_counter() - start
     parts = {part: float(np.mean([one.seconds[part] for one in made])) for part in (made[0].seconds if made else ())}
-    log = gallery.write(folder) if made else None
-    return Drawn([there[name] for name in settled], len(made), seconds, parts, warnings, log)
+    # also the days of images that were there: a command that was killed has not written its page
+    logs = [gallery.write(day) for day in sorted({path.parent for path in there.values()})]
+    return Drawn([there[name] for name in settled], len(made), seconds, parts, warnings, logs[-1] if made else None)
+
+
+def whole(path: Path) -> bool:
+    """Whether a file is a PNG that is neither empty nor cut off nor damaged."""
+    if not path.is_file():
+        return False
+    try:
+        with Image.open(path, formats=["PNG"]) as opened:
+            opened.verify()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
+    return True
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Make a folder that is written into.
+
+    Raises:
+        ValueError: it cannot be made or written; names the option.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ValueError(f"{option}: the folder cannot be written ({error.strerror}); give another one") from None
 
 
 def days(out: Path) -> list[Path]:
@@ -130,11 +170,15 @@ def days(out: Path) -> list[Path]:
     return sorted(found, reverse=True)
 
 
-def file_name(ask: Ask, engine: Engine) -> str:
-    """A name that is safe in any folder: words of the prompt, the seed, and a hash of all that makes the image."""
+def file_name(ask: Ask, engine: Engine, told: bool = True) -> str:
+    """A name that is safe in any folder: words of the prompt, the seed, and a hash of all that makes the file.
+
+    A negative prompt without guidance has no effect, and none on the name.
+    """
+    ask = replace(ask, negative_prompt="") if ask.guidance_scale == 1 else ask
     words = "-".join(re.findall(r"[a-z0-9]+", ask.prompt.lower()))[:SLUG].strip("-") or "image"
     made_by = {"weights": engine.contract.weights, "dtype": engine.contract.dtype, "grid": engine.grid(ask.steps or 0)}
-    settings = {"ask": asdict(ask), **made_by}
+    settings = {"ask": asdict(ask), **made_by, **({} if told else {"told": False})}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return f"{words}-{ask.seed}-{digest[:8]}.png"
 

@@ -5,30 +5,24 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from fewstep.engine.log import Progress
-from fewstep.evaluate import coco, geneval, scores, sidecar
+from fewstep.evaluate import builtin, geneval, scores, sidecar
 from fewstep.evaluate.benchmark import digest
 from fewstep.evaluate.image_sets import ImageSet
-from fewstep.evaluate.statistics import Estimate
+from fewstep.recipes import networks
 from fewstep.worlds.shapes.detect import DETECTOR_VERSION
 from fewstep.worlds.shapes.grammar import parse
 from fewstep.worlds.shapes.prompts import Prompt, place_ask
 from fewstep.worlds.shapes.render import render
 from fewstep.worlds.shapes.scene import WORLD_VERSION
 
-CHUNK = 32  # images that a metric is given at once
 RANDOM = 11  # seed of the scenes that test the detector
 
 
@@ -41,7 +35,7 @@ class Wanted:
         sidecar: command of an evaluator of its own (see `evaluate.sidecar`).
         metrics: names of `evaluate.adapters`.
         weights: of metrics, by name; those in the usual places by default.
-        reference: folder of real images.
+        reference: folder of real images, or a set of images of the same prompts, such as the teacher's.
     """
 
     detections: Path | None = None
@@ -65,7 +59,7 @@ def run(images: ImageSet, wanted: Wanted) -> tuple[dict[str, Any], str]:
     facts = all("include" in entry.facts for entry in images.benchmark.entries)
     if wanted.detections is not None and not facts:
         raise ValueError(f"--detections does not go with {images.benchmark.name}: its prompts do not say what to look for")
-    if _is_shapes(images):
+    if builtin.is_shapes(images.benchmark):
         made |= shapes(images)
     if wanted.detections is not None:
         made |= detected(images, wanted.detections)
@@ -74,7 +68,7 @@ def run(images: ImageSet, wanted: Wanted) -> tuple[dict[str, Any], str]:
     if facts and "geneval" not in {**record["metrics"], **made}:
         todo = _how_to_detect(images.folder)
     for name in _metrics(images, wanted):
-        made[name] = metric(name, images, wanted.reference, wanted.weights.get(name))
+        made |= networks.metric(name, images, wanted.reference, wanted.weights.get(name))
     record["metrics"] |= made
     if record["metrics"]:
         scores.write(images.folder, record)
@@ -96,7 +90,7 @@ def shapes(images: ImageSet) -> dict[str, dict[str, Any]]:
 
     asked = images.benchmark
     told = {"detector": str(DETECTOR_VERSION), "world": str(WORLD_VERSION)}
-    other = {k: asked.evaluator[k] for k in told if asked.evaluator.get(k) != told[k]}
+    other = {k: asked.evaluator.get(k, "unknown") for k in told if asked.evaluator.get(k) != told[k]}
     if other:
         raise ValueError(f"{asked.name} was written for {other} and this version has {told}: draw it anew")
     own = [Prompt(e.text, parse(e.text), e.category) for e in asked.entries]  # type: ignore[arg-type]
@@ -138,19 +132,34 @@ def by_sidecar(images: ImageSet, command: str) -> dict[str, dict[str, Any]]:
     Its answers stay in the set as NAME.jsonl.
 
     Raises:
-        ValueError: see `sidecar.run`; or an evaluator that detects on one image and scores another.
+        ValueError: see `sidecar.run`; or an evaluator that detects on one image and scores another, or that calls itself like
+            a metric that is made here.
     """
+    from fewstep.evaluate import adapters
+
     words, total = sidecar.command(command), len(images.benchmark.images)
     progress = Progress("sidecar", total)
     kept = images.folder / f"sidecar-{digest(words)[:12]}.partial"
 
+    taken = {"strict", "geneval", *adapters.SCORES, *adapters.FEATURES}
+    name = ""
+
+    def accept(told: Mapping[str, Any]) -> None:
+        nonlocal name
+        name = "".join(c if c.isalnum() or c in "-_" else "_" for c in str(told.get("sidecar")))[:40]
+
     def check(answer: dict[str, Any]) -> dict[str, Any]:
-        return sidecar.detected(answer) if "detections" in answer else sidecar.scored(answer)
+        if "detections" in answer:
+            return sidecar.detected(answer)
+        if name in taken:
+            raise ValueError(f"it scores, and calls itself {name}, as a metric that fewstep makes itself: give it another name")
+        return sidecar.scored(answer)
 
     asked = sidecar.requests_of(images)
-    found = sidecar.run(words, asked, on_progress=lambda done, _: progress.show(done), partial=kept, check=check)
+    found = sidecar.run(
+        words, asked, on_progress=lambda done, _: progress.show(done), partial=kept, check=check, accept=accept
+    )
     progress.close()
-    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in str(found.evaluator["sidecar"]))[:40]
     file = images.folder / f"{name}.jsonl"
     rows = [{**answer, "file": place, "evaluator": found.evaluator} for place, answer in found.answers.items()]
     partial = file.with_name(file.name + ".partial")
@@ -179,66 +188,6 @@ def weights(named: Sequence[str]) -> dict[str, str]:
     return {name: where for name, _, where in pairs}
 
 
-def metric(name: str, images: ImageSet, reference: Path | None, weights: str | None = None) -> dict[str, Any]:
-    """A metric of `evaluate.adapters`: a score of every image, or the distance from real ones.
-
-    Args:
-        name: of the metric.
-        images: a whole set.
-        reference: folder of real images, for a distance.
-        weights: of its network; those in the usual places by default.
-
-    Raises:
-        ValueError: an unknown name, a missing library or network, or no real images for a distance.
-    """
-    from fewstep.evaluate import adapters
-
-    asked = images.benchmark
-    if name in adapters.SCORES:
-        evaluator = adapters.describe(name, weights)
-        texts = [asked.entries[p].text for p, _ in asked.images]
-        parts = _chunks(name, images, lambda pixels, at: adapters.score(name, pixels, texts[at], weights))
-        values = np.concatenate(list(parts)).reshape(-1, asked.seeds)
-        return scores.single(name, "score", values, asked.categories, evaluator)
-    if name not in adapters.FEATURES:
-        known = ", ".join([*adapters.SCORES, *adapters.FEATURES])
-        raise ValueError(f"there is no metric {name} (known: {known})")
-    if reference is None:
-        raise ValueError(f"{name} compares with real images: give their folder with --reference")
-    return distance(name, weights, images, coco.reference_files(reference, asked))
-
-
-def distance(name: str, weights: str | None, images: ImageSet, files: Sequence[Path]) -> dict[str, Any]:
-    """How far a set is from real images in the features of a network: Fréchet distance and, with its interval, KID.
-
-    COCO's protocols crop and resize both as they say; others leave that to the network's own preparation.
-    """
-    from fewstep.evaluate import adapters, metrics
-
-    asked, told = images.benchmark, adapters.describe(name, weights)
-    is_coco = asked.name.split("-first")[0] in coco.PROTOCOLS
-    prepare: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] = (
-        (lambda image: coco.prepare(image, asked.name)) if is_coco else (lambda image: image)
-    )
-    read = partial(adapters.features, name, weights=weights)
-    own = torch.cat(list(_chunks(name, images, lambda pixels, _: read([prepare(p) for p in pixels]))))
-    real: list[Tensor] = []
-    progress = Progress(f"{name} of real images", len(files))
-    for begin in range(0, len(files), CHUNK):
-        part = files[begin : begin + CHUNK]
-        real.append(read([prepare(_pixels(path)) for path in part]))
-        progress.show(begin + len(part))
-    progress.close()
-    true = torch.cat(real)
-    groups = ([p for p, _ in asked.images], [f"real {i}" for i in range(len(true))])
-    far, kernel = metrics.frechet(own, true), metrics.kid(own, true, groups)
-    figures = {"frechet": far.value, **_spread("kid", kernel), "images": float(len(own)), "real images": float(len(true))}
-    if name == "clip":
-        figures |= _spread("cmmd", metrics.cmmd(own, true, groups))
-    evaluator = {**told, "protocol preprocessing": asked.preprocessing, "real images": scores.files_hash(files)}
-    return {**scores.whole(name, figures, evaluator), "warnings": list(far.warnings)}
-
-
 def _metrics(images: ImageSet, wanted: Wanted) -> list[str]:
     """Metrics asked for; with real images, the network of a COCO protocol, too."""
     names = list(dict.fromkeys(wanted.metrics))
@@ -248,19 +197,6 @@ def _metrics(images: ImageSet, wanted: Wanted) -> list[str]:
     if wanted.reference is not None and not names:
         raise ValueError("--reference is for a distance: name the network with --metric")
     return names
-
-
-def _chunks(
-    title: str, images: ImageSet, read: Callable[[list[NDArray[np.uint8]], slice], Any]
-) -> Iterator[Any]:
-    """What `read` says of the images of a set, a few at a time, in the protocol's order."""
-    every = images.benchmark.images
-    progress = Progress(title, len(every))
-    for begin in range(0, len(every), CHUNK):
-        at = slice(begin, min(begin + CHUNK, len(every)))
-        yield read([images.image(*image) for image in every[at]], at)
-        progress.show(at.stop)
-    progress.close()
 
 
 def _self_test(prompts: Sequence[Prompt], judge: Callable[..., Sequence[Any]]) -> None:
@@ -274,24 +210,8 @@ def _self_test(prompts: Sequence[Prompt], judge: Callable[..., Sequence[Any]]) -
         raise ValueError(f"the detector misreads a true scene of {text!r} ({reason}): nothing is scored")
 
 
-def _is_shapes(images: ImageSet) -> bool:
-    return images.benchmark.name.startswith("shapes-") and "world" in images.benchmark.evaluator
-
-
-def _spread(name: str, estimate: Estimate) -> dict[str, float]:
-    return {name: estimate.mean, f"{name} lo": estimate.lo, f"{name} hi": estimate.hi}
-
-
 def _rows(values: Sequence[str], seeds: int) -> list[list[str]]:
     return [list(values[i : i + seeds]) for i in range(0, len(values), seeds)]
-
-
-def _pixels(path: Path) -> NDArray[np.uint8]:
-    try:
-        with Image.open(path) as opened:
-            return np.asarray(opened.convert("RGB"))
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
 
 
 def _how_to_detect(folder: Path) -> str:

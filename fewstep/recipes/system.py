@@ -55,6 +55,7 @@ def run(
     limit: float = SAME,
     base: Path | None = None,
     teacher: Path | None = None,
+    fewest: int = RUNS,
 ) -> dict[str, Any]:
     """Measure a model in fresh processes.
 
@@ -63,36 +64,38 @@ def run(
         runs: timed images, one at a time, each of a prompt of its own.
         steps, guidance, pixels: as asked; None is the model's own.
         reference: what the images are compared with: another model; None is the student that an export was made of, and for
-            all else the model itself, computing in float32.
+            all else the model itself, computing in float32. It draws with its own steps and guidance: a teacher that is
+            measured in fewer steps does not draw the same images faster.
         dtype: that it computes in; "auto" is the engine's choice.
         device: "auto" is the GPU if there is one.
         limit: least median PSNR in dB of images that pass for the same.
         base: of an export: the student that it was made of; the bundled one is known.
         teacher: of a LoRA.
+        fewest: runs that are enough; below the default percentiles are single images.
 
     Returns:
         What `system.json` holds (see `measure`), with "guard" in it: PSNR against the reference as in
-        `evaluate.fidelity.summary`, "reference", "limit" and "same".
+        `evaluate.fidelity.summary`, "reference", "reference_nfe" (its evaluations), "limit" and "same".
 
     Raises:
-        ValueError: fewer than 2 runs, an export with nothing to compare it with, or a model that does not draw; the last line
+        ValueError: too few runs, an export with nothing to compare it with, or a model that does not draw; the last line
             of what its process said.
     """
-    if runs < 2:
-        raise ValueError(f"--runs {runs}: percentiles need at least 2 images; 30 are usual")
+    if runs < max(2, fewest):
+        raise ValueError(f"--runs {runs}: a 5th and a 95th percentile need at least {max(2, fewest)} images")
     reference = reference or made_of(model, base)
     parts = [word for key, at in (("--base", base), ("--teacher", teacher)) if at for word in (key, str(at))]
-    words = [] if steps is None else ["--steps", str(steps)]
-    words += [] if guidance is None else ["--guidance", str(guidance)]
-    words += [] if pixels is None else ["--pixels", str(pixels)]
-    words += ["--device", device]
+    words = ["--device", device, *([] if pixels is None else ["--pixels", str(pixels)])]
+    how = [] if steps is None else ["--steps", str(steps)]
+    how += [] if guidance is None else ["--guidance", str(guidance)]
     with TemporaryDirectory() as scratch:
         own, others = Path(scratch) / "own.safetensors", Path(scratch) / "reference.safetensors"
-        found = _alone([model, "--runs", str(runs), "--dtype", dtype, "--images", str(own), *words, *parts])
+        found = _alone([model, "--runs", str(runs), "--dtype", dtype, "--images", str(own), *words, *how, *parts])
         words += [] if reference else parts
-        _alone([reference or model, "--runs", "0", "--dtype", "float32", "--images", str(others), *words])
+        true = _alone([reference or model, "--runs", "0", "--dtype", "float32", "--images", str(others), *words])
         compared = load_file(own)["images"], load_file(others)["images"]
-    found["guard"] = guard(*compared, limit) | {"reference": _name(reference) if reference else "itself in float32"}
+    told = {"reference": _name(reference) if reference else "itself in float32", "reference_nfe": true["nfe"]}
+    found["guard"] = guard(*compared, limit) | told
     return found
 
 
@@ -144,12 +147,14 @@ def show(record: Mapping[str, Any]) -> str:
     lines.append(f"{'ms an image':<16}{'p5':>10}{'p50':>10}{'p95':>10}")
     for name in ("total", *PARTS):
         lines.append(f"{name:<16}" + "".join(f"{1000 * s[name][p]:>10.1f}" for p in ("p5", "p50", "p95")))
-    lines.append(f"first image {1000 * s['first']:.0f} ms, opened in {s['load']:.1f} s; {record['runs']} runs")
+    lines.append(f"first image {1000 * s['first']:.0f} ms, opened in {s['load']:.1f} s; {record['runs']} runs"
+                 + (f": fewer than {RUNS}, so that percentiles are single images" if record["runs"] < RUNS else ""))
     lines.append(f"memory {', '.join(f'{name} {value:,.0f}' for name, value in memory.items())} MiB")
     lines.append(f"disk {', '.join(f'{name} {value:,.1f}' for name, value in record['disk_mib'].items())} MiB")
     verdict = "the same images" if near["same"] else "DIFFERENT IMAGES: this is no faster way to the same ones"
     lines.append(
-        f"PSNR against {near['reference']}: median {near['psnr_median']:.1f} dB of {near['images']} images "
+        f"PSNR against {near['reference']}, {near['reference_nfe']} evaluations: "
+        f"median {near['psnr_median']:.1f} dB of {near['images']} images "
         f"(limit {near['limit']:g}): {verdict}"
     )
     return "\n".join([*lines, *(f"note: {text}" for text in record["notes"])])
@@ -158,7 +163,7 @@ def show(record: Mapping[str, Any]) -> str:
 def measure(asked: argparse.Namespace) -> dict[str, Any]:
     """Everything but the guard, measured in this process; the guard's images go into the file `asked.images`.
 
-    With no runs the images alone are made.
+    With no runs the images alone are made, and "nfe" is told.
     """
     from fewstep.serve import engine, opening
 
@@ -179,7 +184,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         return drawn, time.perf_counter() - start
 
     guarded = [draw(k)[0] for k in range(GUARDED)] if asked.runs == 0 else []
-    record: dict[str, Any] = {}
+    record: dict[str, Any] = {"nfe": guarded[0].nfe} if guarded else {}
     if asked.runs:
         record = _timed(draw, asked, made.contract, opening.folder_of(asked.model))
         record["seconds"]["load"] = loading

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fewstep.engine.log import Progress
-from fewstep.evaluate import distances, fidelity, image_sets, manifold, scores, variety
+from fewstep.evaluate import builtin, distances, fidelity, image_sets, manifold, metrics, scores, variety
 from fewstep.evaluate.benchmark import Benchmark
 from fewstep.evaluate.image_sets import ImageSet
 from fewstep.recipes import evaluation, scoring, system
@@ -25,6 +25,7 @@ from fewstep.worlds.shapes.score import facts
 SETS, SYSTEM = "sets", "system"  # folders of what is made here, in --out
 DRAWS = 1_000
 SHAPES = "shapes"  # the bundled world's own protocol, in short
+TEXTS = ("device", "resolution", "type", "encoders", "name", "weights")  # of a model's figures; all else are numbers
 NAMES = {SHAPES: "shapes-strict"}
 
 
@@ -72,7 +73,7 @@ def run(
     asked = asked or Asked()
     given = [Path(name) for name in sets if evaluation.is_set(Path(name)) or (Path(name) / scores.FILE).is_file()]
     made = [*(name for name in sets if Path(name) not in given), *models]
-    studied, ablated = (_json(study, "ratings") if study else None), (_json(ablation, "tables") if ablation else None)
+    studied, ablated = (_study(study) if study else None), (_ablation(ablation) if ablation else None)
     measured = [_system(path) for path in systems]
     for model in made:
         given.append(score(model, out / SETS, asked))
@@ -122,7 +123,7 @@ def beside(arms: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> dict[s
         return {}
     opened = {name: image_sets.read(folder) for name, folder in there.items()}
     first, out = str(base["name"]), {}
-    reads = {name: shown(images) for name, images in opened.items()} if _is_shapes(opened[first]) else {}
+    reads = {name: shown(images) for name, images in opened.items()} if builtin.is_shapes(opened[first].benchmark) else {}
     for name, images in opened.items():
         if name == first:
             continue
@@ -145,8 +146,7 @@ def shown(images: ImageSet) -> list[distances.Facts]:
 
 def counted(read: Sequence[distances.Facts], seeds: int) -> Tensor:
     """The same as counts of shapes, colours, sizes, places and pairs, (P, S, D)."""
-    rows = np.stack([np.concatenate(list(distances.counts(one).values())) for one in read])
-    return torch.from_numpy(rows).unflatten(0, (-1, seeds))
+    return distances.counts_of(read).unflatten(0, (-1, seeds))
 
 
 def _near(own: ImageSet, base: ImageSet, name: str) -> dict[str, Any]:
@@ -160,9 +160,11 @@ def _near(own: ImageSet, base: ImageSet, name: str) -> dict[str, Any]:
 
 
 def _as_read(own: Sequence[distances.Facts], base: Sequence[distances.Facts], asked: Benchmark, name: str) -> dict[str, Any]:
-    apart = distances.mmd(own, base, [prompt for prompt, _ in asked.images], DRAWS)
-    cells: dict[str, Any] = {f"MMD to {name}": report.cell(apart._asdict())}
-    mine, its = counted(own, asked.seeds), counted(base, asked.seeds)
+    mine, its, prompts = counted(own, asked.seeds), counted(base, asked.seeds), [prompt for prompt, _ in asked.images]
+    cells: dict[str, Any] = {}
+    if len(asked.entries) > 2:
+        apart = metrics.kid(mine.flatten(0, 1), its.flatten(0, 1), (prompts, prompts))
+        cells[f"MMD to {name}"] = report.cell(apart._asdict())
     if len(own) > manifold.NEIGHBOURS:
         cells[f"recall of {name}"] = {"value": manifold.precision_recall(its.flatten(0, 1), mine.flatten(0, 1)).recall}
     if asked.seeds > 1:
@@ -171,10 +173,6 @@ def _as_read(own: Sequence[distances.Facts], base: Sequence[distances.Facts], as
             e = variety.ratio(spread[0], spread[1], ["all"] * len(spread[0]), DRAWS)["all"]
             cells[f"variety of seeds over {name}"] = report.cell(e._asdict())
     return cells
-
-
-def _is_shapes(images: ImageSet) -> bool:
-    return images.benchmark.name.startswith("shapes-") and "world" in images.benchmark.evaluator
 
 
 def _weights(folder: Path) -> str:
@@ -197,7 +195,54 @@ def _system(path: Path) -> dict[str, Any]:
     found = _json(path, "seconds")
     if found.get("format") != system.FORMAT or not {"settings", "hardware", "guard", "memory_mib", "disk_mib"} <= found.keys():
         raise ValueError(f"{path} is of another version: measure the model again with fewstep measure")
+    _fits(path, lambda: _figures(found))
     return found
+
+
+def _figures(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Cells of a model's figures, and what else of them is computed with."""
+    row = report.system_row(str(found["name"]), found)
+    more = {key: found[key] for key in ("name", "weights", "runs")}
+    more |= {"load": row["load_before"], "cores": row["cores"], "denoiser": found.get("parameters", {}).get("denoiser")}
+    return [*row["cells"].items(), *((name, {"value": value}) for name, value in more.items())]
+
+
+def _ablation(path: Path) -> dict[str, Any]:
+    """An ablation's numbers; refuses rows that table C cannot show."""
+    found = _json(path, "tables")
+
+    def cells() -> list[tuple[str, Mapping[str, Any]]]:
+        lines = [line for rows in found["tables"].values() for line in report.ablation_rows(rows)]
+        return [cell for line in lines for cell in line["cells"].items()]
+
+    _fits(path, cells)
+    return found
+
+
+def _study(path: Path) -> dict[str, Any]:
+    """A study's report with the ratings of its first question; refuses one that is none."""
+    found = _json(path, "ratings")
+    ends = {"lo": None, "hi": None}
+    _fits(path, lambda: [(str(r["arm"]), {k: (ends | r)[k] for k in ("rating", *ends)}) for r in found["ratings"]])
+    asked = [r.get("question") for r in found["ratings"]]
+    return found | {"ratings": [r for r in found["ratings"] if r.get("question") == asked[0]]}
+
+
+def _fits(path: Path, cells: Callable[[], Sequence[tuple[str, Mapping[str, Any]]]]) -> None:
+    """Refuse a file that lines of a table cannot be made of, or whose cells are not what their columns hold.
+
+    Raises:
+        ValueError: says what is missing, or is no number.
+    """
+    try:
+        for name, cell in cells():
+            for value in (v for v in cell.values() if v is not None):
+                if not isinstance(value, str if name in TEXTS else int | float):
+                    raise ValueError(f"{name} is {str(value)[:40]!r}")
+                if not isinstance(value, str) and not math.isfinite(value):
+                    raise ValueError(f"{name} is not finite")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{path} is damaged or of another version ({type(error).__name__}: {error})") from None
 
 
 def _json(path: Path, key: str) -> dict[str, Any]:

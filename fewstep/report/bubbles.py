@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import matplotlib.text
 from matplotlib.figure import Figure
 
 from fewstep.report import charts
@@ -53,7 +54,7 @@ def _figure(bubbles: Sequence[Record], rated_by: str, size: str, upright: str, c
     middle = math.sqrt(min(b["ms"]["lo"] for b in bubbles) * max(b["ms"]["hi"] for b in bubbles))
     with matplotlib.rc_context(style | {"font.family": "sans-serif"}):
         figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-        axes = figure.subplots()
+        axes, labels = figure.subplots(), list[Any]()
         for b in sorted(bubbles, key=lambda b: -b[size]):  # small ones on top
             x, y = b["ms"], b["height"]
             paint = colour[charts.ACCENT if b["same"] else charts.BAD]
@@ -65,14 +66,33 @@ def _figure(bubbles: Sequence[Record], rated_by: str, size: str, upright: str, c
             text = f"{b['arm']}\n{b['nfe']} evaluations, {mib(b[size])}" + ("" if b["same"] else ", different images")
             out = math.sqrt(LARGEST * b[size] / most) / 2 * 0.75 + 3  # between the bars, on the side that has room
             side = -1 if x["value"] > middle else 1
-            axes.annotate(
+            note = axes.annotate(
                 text, (x["value"], y["value"]), xytext=(side * out, out), textcoords="offset points",
                 ha="left" if side > 0 else "right", va="bottom", fontsize=8, color=colour[charts.INK],
                 parse_math=False,
+                arrowprops={"arrowstyle": "-", "lw": 0.6, "color": colour[charts.MUTED], "shrinkA": 0, "shrinkB": 2},
             )  # fmt: skip
+            labels.append(note)
         _axes(axes, bubbles, upright)
         axes.set_title(_title(rated_by, size), color=colour[charts.MUTED], fontsize=9)
+        _apart(figure, labels)
     return figure
+
+
+def _apart(figure: Figure, labels: Sequence[Any]) -> None:
+    """Lift labels that would lie on others, from the lowest up; only those that were lifted keep a line to their bubble."""
+    figure.draw_without_rendering()  # settles the layout
+    points_a_pixel, placed = 72 / figure.dpi, list[Any]()
+    boxes = {note: matplotlib.text.Text.get_window_extent(note) for note in labels}  # without the line
+    for note in sorted(labels, key=lambda note: float(boxes[note].y0)):
+        box, lift = boxes[note], 0.0
+        while (under := next((other for other in placed if box.overlaps(other)), None)) is not None:
+            step = under.y1 - box.y0 + 2
+            lift, box = lift + step, box.translated(0, step)
+        placed.append(box)
+        x, y = note.xyann
+        note.xyann = (x, y + lift * points_a_pixel)
+        note.arrow_patch.set_visible(lift > 0)
 
 
 def _axes(axes: Any, bubbles: Sequence[Record], upright: str) -> None:

@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fewstep.report import page
+from fewstep.report.pages import template
 
 LINES, PAGE = "log.jsonl", "log.html"
 SHOWN = 2000  # images on a page
 NAME = re.compile(r"[a-z0-9-]{1,120}\.png")  # the only names that are shown: nothing in them needs to be escaped
-ASK = {"prompt", "seed", "negative_prompt", "steps", "guidance_scale", "width", "height"}
+TEXTS = ("file", "at", "model", "weights")
+NUMBERS = ("seed", "steps", "guidance_scale", "width", "height")
 
 
 def append(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -34,8 +35,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     for line in reversed(lines):
         try:
             row = json.loads(line)
-            name, whole = str(row["file"]), row.keys() >= {"at", "model", "weights", "seconds", "warnings"}
-            whole = whole and row["ask"].keys() >= ASK
+            name, whole = row["file"], _whole(row)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             continue
         if whole and name not in found and NAME.fullmatch(name) and (folder / name).is_file():
@@ -43,10 +43,21 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def _whole(row: Mapping[str, Any]) -> bool:
+    """Whether a line holds all that the page shows, each of its type: any program may have added it."""
+    ask, said = row["ask"], row["warnings"]
+    texts = [*(row[name] for name in TEXTS), ask["prompt"], ask["negative_prompt"], *said]
+    numbers = [row["seconds"], *(ask[name] for name in NUMBERS)]
+    if not isinstance(said, list) or not all(isinstance(text, str) for text in texts):
+        return False
+    "".join(texts).encode()  # half a character would fail when the page is written
+    return all(type(number) in (int, float) and 0 <= number < 2**63 for number in numbers)
+
+
 def write(folder: Path) -> Path:
     """Write the day's page, whole or not at all; returns its path."""
     rows = read(folder)
-    html = page.template("gallery.html").render(
+    html = template("gallery.html").render(
         data={"name": folder.name}, rows=rows[:SHOWN], more=max(0, len(rows) - SHOWN)
     )
     path, partial = folder / PAGE, folder / f"{PAGE}.{os.getpid()}.partial"

@@ -7,20 +7,20 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Template
 from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
 from fewstep.engine import health
-from fewstep.engine.log import clock, read_metrics
+from fewstep.engine.log import read_metrics
 from fewstep.evaluate import outcomes
-from fewstep.report import charts, condition, numbers
+from fewstep.report import charts, condition, numbers, pages
 from fewstep.report.numbers import CEILING, DISTRIBUTION, TRAJECTORY, baseline_of, label, percent, points
 from fewstep.worlds.shapes.grammar import TASKS
 
@@ -83,17 +83,10 @@ def html(data: Mapping[str, Any], arms: Mapping[str, outcomes.Outcome], run_dir:
     )
 
 
-def template(name: str) -> Template:
-    """A page's layout, with the filters that it uses."""
-    environment = Environment(
-        loader=PackageLoader("fewstep", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"label": label, "percent": percent, "points": points, "clock": clock}
-    return environment.get_template(name)
+def template(name: str, folder: str = "report", **filters: Callable[..., Any]) -> Template:
+    """As `pages.template`, with the filters of figures: `label`, `percent`, `points`."""
+    figures: dict[str, Callable[..., Any]] = {"label": label, "percent": percent, "points": points}
+    return pages.template(name, folder, **(figures | filters))
 
 
 def training(data: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from fewstep.report import bubbles, page
 from fewstep.report.numbers import points
-from fewstep.report.tables import AGAINST, PLAIN, Record, Rows, lead
+from fewstep.report.tables import AGAINST, PLAIN, RUNS, Record, Rows, lead
 
 NONE = "–"
 
@@ -44,6 +44,7 @@ def write(out: Path, data: Mapping[str, Any], size: str = "memory") -> Path:
         metrics=columns([{"cells": r["metrics"]} for r in data["quality"]]),
         system_columns=columns(data["system"]),
         heading=partial(heading, data),
+        title=partial(title, data["quality"]),
         scored=[c for c in columns(data["quality"]) if c not in (*PLAIN, AGAINST)],
         texts=("device", "encoders"),
         told=told,
@@ -58,6 +59,11 @@ def write(out: Path, data: Mapping[str, Any], size: str = "memory") -> Path:
 def heading(data: Record, column: str) -> str:
     """A column of table A for people."""
     return f"against {data['baseline']}" if column == AGAINST else column.replace("_", " ")
+
+
+def title(quality: Sequence[Record], metric: str) -> str:
+    """A further metric for people: shares of images are printed in percent."""
+    return f"{metric}, %" if any(r["metrics"].get(metric, {}).get("share") for r in quality) else metric
 
 
 def columns(rows: Sequence[Record]) -> list[str]:
@@ -92,6 +98,8 @@ def told(e: Record | None, column: str = "", share: bool = False, signed: bool =
     if e is None or e.get("value") is None:
         return NONE, ""
 
+    share = share or bool(e.get("share"))
+
     def many(x: float) -> str:
         return points(x) if signed else f"{100 * x:.1f}" if share else number(x, column)
 
@@ -114,12 +122,13 @@ def markdown(data: Record) -> str:
         for r in data["quality"]:
             own = [_joined(told(r["cells"].get(c), c, shares and c not in PLAIN, shares and c == AGAINST)) for c in names]
             lines.append([r["arm"], *own, *(_joined(told(r["metrics"].get(m), m)) for m in more)])
-        out += [*_grid(["arm", *(heading(data, c) for c in names), *more], lines), ""]
+        out += [*_grid(["arm", *(heading(data, c) for c in names), *(title(data["quality"], m) for m in more)], lines), ""]
     if data["system"]:
         names = columns(data["system"])
         lines = [[r["arm"], *(_joined(told(r["cells"].get(c), c)) for c in names)] for r in data["system"]]
         for line, r in zip(lines, data["system"], strict=True):
             line[-1] += "" if r["same"] else " (different images)"
+            line[0] += f" ({r['runs']} runs)" if r["runs"] < RUNS else ""
         out += ["## B. System", "", "Median of images drawn one by one (5th to 95th percentile).", ""]
         out += [*_grid(["arm", *names], lines), ""]
     for steps, rows in data["ablation"].items():
@@ -154,25 +163,33 @@ def _grid(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def long(data: Record) -> str:
-    """Every number on a line of its own: table, arm, column, value, lo, hi, protocol."""
+    """Every number on a line of its own: table, arm, column, value, lo, hi, protocol, unit.
+
+    Unit is "share" for shares of images and their differences, which are fractions of 1 everywhere, and else empty: what a
+    number is counted in is then in the column's name, or the metric's own.
+    """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["table", "arm", "column", "value", "lo", "hi", "protocol"])
+    writer.writerow(["table", "arm", "column", "value", "lo", "hi", "protocol", "unit"])
 
-    def put_row(table: str, arm: str, name: str, e: Record, protocol: str = "") -> None:
-        cells = [table, arm, name, e.get("value"), e.get("lo"), e.get("hi"), protocol]
+    def put_row(table: str, arm: str, name: str, e: Record, protocol: str = "", share: bool = False) -> None:
+        unit = "share" if share and e.get("value") is not None else ""
+        cells = [table, arm, name, e.get("value"), e.get("lo"), e.get("hi"), protocol, unit]
         writer.writerow(["" if c is None else _harmless(c) if isinstance(c, str) else c for c in cells])
 
     for r in data["quality"]:
-        for name, e in {**r["cells"], **r["metrics"]}.items():
-            put_row("A", r["arm"], name, e, data["protocols"][r["arm"]])
+        for name, e in r["cells"].items():
+            put_row("A", r["arm"], name, e, data["protocols"][r["arm"]], data["verdicts"] and name not in PLAIN)
+        for name, e in r["metrics"].items():
+            put_row("A", r["arm"], name, e, data["protocols"][r["arm"]], bool(e.get("share")))
     for r in data["system"]:
         for name, e in r["cells"].items():
             put_row("B", r["arm"], name, e)
     for steps, rows in data["ablation"].items():
         for r in rows:
             for name, e in r["cells"].items():
-                put_row(f"C {steps}", r["arm"], name, e, ((data["ablation_made"] or {}).get("protocol") or {}).get("hash", ""))
+                made = ((data["ablation_made"] or {}).get("protocol") or {}).get("hash", "")
+                put_row(f"C {steps}", r["arm"], name, e, made, name in ("strict", "GenEval", AGAINST))
     for r in data["ratings"]:
         put_row("ratings", str(r["arm"]), "rating", {"value": r["rating"], "lo": r.get("lo"), "hi": r.get("hi")})
     return buffer.getvalue()

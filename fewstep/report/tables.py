@@ -16,10 +16,11 @@ from fewstep.worlds.shapes.grammar import GENEVAL_TASKS
 
 FORMAT = 1
 Record = Mapping[str, Any]
-Cell = dict[str, Any]  # "value", and where there is an interval "lo" and "hi"
+Cell = dict[str, Any]  # "value", and where there is an interval "lo" and "hi"; "share" if these are shares of images
 Rows = list[dict[str, Any]]  # "arm", and "cells": by name of the column
 PLAIN = ("steps", "evaluations", "parameters")  # columns of table A that are no scores
 AGAINST = "against"
+RUNS = 30  # timed images, below which a 5th or 95th percentile is that of two or three of them
 PARTS = {"denoiser": "denoise", "text encoders": "text", "decoder": "decode"}
 
 
@@ -34,7 +35,7 @@ def build(
 
     Args:
         arms: scores (`evaluate.scores.read`), one for each arm, all of one benchmark.
-        systems: figures of `recipes.system`; one belongs to an arm if weights and evaluations are the same, or the name.
+        systems: figures of `recipes.system`; one belongs to an arm as `system_of` says.
         ablation: as in benchmarks/results/ablation.json.
         study: a report of a study of people, with "ratings".
         beside: by arm, what was measured of it beside the baseline's images, as columns.
@@ -68,7 +69,7 @@ def build(
         "rated_by": "people" if ratings else "score",
         "environment": environment(),
     }
-    data["notes"] = notes(arms, shown, data)
+    data["notes"] = [*strangers(arms, found, systems), *notes(arms, shown, data)]
     return data
 
 
@@ -92,13 +93,22 @@ def check(arms: Sequence[Record]) -> None:
 
 
 def system_of(arm: Record, systems: Sequence[Record]) -> Record | None:
-    """The system figures of an arm: of the same weights with as many evaluations, else of the same name."""
+    """The system figures of an arm: of the same weights, drawn alike.
+
+    Where weights are unknown on one side, the same name will do, if the number of evaluations is known and the same. Figures of
+    other weights, steps or sizes are those of other images, whatever their name.
+    """
     sampling = arm["sampling"]
     for system in systems:
-        same = system["weights"] == sampling.get("model") and bool(system["weights"])
-        if same and sampling.get("nfe") in (None, system["settings"]["nfe"]):
+        if system["weights"] and system["weights"] == sampling.get("model") and _alike(sampling, system):
             return system
-    return next((s for s in systems if s["name"] == arm["name"]), None)
+    unknown = [s for s in systems if s["name"] == arm["name"] and not (s["weights"] and sampling.get("model"))]
+    return next((s for s in unknown if sampling.get("nfe") is not None and _alike(sampling, s)), None)
+
+
+def _alike(sampling: Record, system: Record) -> bool:
+    """Whether an arm was drawn as a model was measured, as far as that is known."""
+    return all(sampling.get(key) in (None, system["settings"][key]) for key in ("nfe", "width", "height"))
 
 
 def baseline(arms: Sequence[Record]) -> Record | None:
@@ -113,7 +123,10 @@ def quality(arms: Sequence[Record], metric: str, systems: Sequence[Record | None
     if base is not None and len(arms) > 1:
         others = [arm for arm in arms if arm is not base]
         found = comparison.compare([base, *others], metric)
-        against = {made.name: cell(made.main.difference._asdict()) for made in found}
+        mains = {made.name: made.main for made in found}
+        against = {
+            name: cell(row.difference._asdict()) | {"p": row.adjusted, "found": row.found} for name, row in mains.items()
+        }
     for arm, system in zip(arms, systems, strict=True):
         sampling, grid, table = arm["sampling"], arm["sampling"].get("grid"), arm["metrics"][metric]["table"]
         cells: dict[str, Cell] = {
@@ -138,12 +151,10 @@ def further(arm: Record, metric: str) -> dict[str, Cell]:
         if name == metric:
             continue
         if made["kind"] == "distance":
-            out |= {f"{name}: {figure}": {"value": float(value)} for figure, value in made["table"].items()}
+            out |= {f"{name}: {figure}": e for figure, e in scores.figures(made["table"]).items()}
         else:
-            share = 100 if made["kind"] == "verdict" else 1
-            e = next(iter(made["table"].values()))
-            label = f"{made['label']}, %" if share == 100 else str(made["label"])
-            out[label] = {key: share * value for key, value in cell(e).items()}
+            e = cell(next(iter(made["table"].values())))
+            out[str(made["label"])] = e | {"share": True} if made["kind"] == "verdict" else e
     return out
 
 
@@ -217,8 +228,9 @@ def bubble(
     """What the figure shows of an arm; None without system figures, or without a rating where others have one."""
     arm = next(a for a in arms if a["name"] == name)
     if ratings:
-        given = ratings.get(name)
-        height = {"value": given["rating"], "lo": given.get("lo"), "hi": given.get("hi")} if given else None
+        given = ratings.get(name, {"rating": None})
+        known = given["rating"] is not None
+        height = {"value": given["rating"], "lo": given.get("lo"), "hi": given.get("hi")} if known else None
     else:
         made = arm["metrics"][metric]
         share = 100 if made["kind"] == "verdict" else 1
@@ -236,16 +248,31 @@ def bubble(
     }
 
 
+def strangers(arms: Sequence[Record], found: Sequence[Record | None], systems: Sequence[Record]) -> list[str]:
+    """Which arms have namesakes among the system figures that are not of them."""
+    given = {str(s["name"]) for s in systems}
+    names = [str(arm["name"]) for arm, s in zip(arms, found, strict=True) if s is None and arm["name"] in given]
+    said = "were taken with other or unknown weights, evaluations or sizes than its images: they are not held to be the arm's"
+    return [f"System figures called {name} {said}." for name in names]
+
+
 def notes(arms: Sequence[Record], shown: Sequence[tuple[str, Record]], data: Record) -> list[str]:
     """What a reader must know before comparing lines."""
     out = []
     placed = {b["arm"] for b in data["bubbles"]}
+    names = [str(arm["name"]) for arm in arms]
+    unmatched = [str(r["arm"]) for r in data["ratings"] if arms and str(r["arm"]) not in names]
+    if unmatched:
+        out.append(f"The study rates {', '.join(unmatched)}, and no arm is called so (they are called {', '.join(names)}).")
     absent = [str(arm["name"]) for arm in arms if arm["name"] not in placed]
     if absent and placed:
         out.append(f"Not in the figure, because system figures or a rating are missing: {', '.join(absent)}.")
     devices = list(dict.fromkeys(s["hardware"]["device"] for _, s in shown))
     if len(devices) > 1:
         out.append(f"Times were taken on different machines ({', '.join(devices)}): they compare machines, too.")
+    few = [f"{name} ({s['runs']})" for name, s in shown if s["runs"] < RUNS]
+    if few:
+        out.append(f"Percentiles of few runs, below {RUNS}: {', '.join(few)}. Their ends are single images.")
     changed = [name for name, s in shown if not s["guard"]["same"]]
     if changed:
         out.append(f"Different images: {', '.join(changed)} draw others than their reference: this is no speed-up of it.")
@@ -259,7 +286,7 @@ def notes(arms: Sequence[Record], shown: Sequence[tuple[str, Record]], data: Rec
 def lead(data: Record) -> str:
     """How the fastest arm compares with the baseline, in words; empty where one of them has no system figures.
 
-    That one is better than the other is said only where the interval of their paired difference says so.
+    That one is better than the other is said only where `evaluate.comparison` has found it, corrected for several arms.
     """
     known, base = {b["arm"]: b for b in data["bubbles"] if b["same"]}, data["baseline"]
     others = [b for arm, b in known.items() if arm != base]
@@ -277,5 +304,6 @@ def lead(data: Record) -> str:
     e = next(r["cells"][AGAINST] for r in data["quality"] if r["arm"] == fast["arm"])
     many = [points(e[k]) if data["verdicts"] else f"{e[k]:+.3g}".replace("-", "−") for k in ("value", "lo", "hi")]
     interval = f"{many[0]}{' points' if data['verdicts'] else ''}, 95 % interval {many[1]} to {many[2]}"
-    verdict = "no detectable difference" if e["lo"] <= 0 <= e["hi"] else "better" if e["lo"] > 0 else "worse"
-    return f"{text} {told}: {verdict} ({interval})."
+    verdict = "no detectable difference" if not e["found"] else "better" if e["value"] > 0 else "worse"
+    p = f"{e['p']:.3f}" if e["p"] >= 0.001 else "below 0.001"
+    return f"{text} {told}: {verdict} ({interval}; adjusted p {p})."

@@ -31,6 +31,7 @@ from fewstep.serve.service import (
     Service,
     encoded,
     made_unless_left,
+    shown,
 )
 from fewstep.serve.words import examples
 
@@ -200,13 +201,17 @@ async def _stream(
     """Join the line, so that a refusal is an ordinary one, then tell by server-sent events."""
     seen: asyncio.Queue[tuple[int, int, NDArray[np.uint8]]] = asyncio.Queue()
 
+    last = 0
+
     def on_step(step: int, steps: int, image: NDArray[np.uint8]) -> None:
-        if step in shown(asked.partial_images or 0, steps):
+        nonlocal last
+        if step > last and step in shown(previews, steps):  # others in the batch see other steps; a new worker begins again
+            last = step
             seen.put_nowait((step, steps, image))
 
-    stack = AsyncExitStack()
-    watch = on_step if asked.partial_images else None
-    order = await stack.enter_async_context(service.order(line, ask, 1, client_of(request), watch))
+    stack, previews = AsyncExitStack(), asked.partial_images or 0
+    watch = on_step if previews else None
+    order = await stack.enter_async_context(service.order(line, ask, 1, client_of(request), watch, previews))
 
     async def body() -> AsyncIterator[bytes]:
         done = False
@@ -227,13 +232,6 @@ async def _stream(
     return StreamingResponse(body(), media_type="text/event-stream", headers=headers)
 
 
-def shown(partial_images: int, steps: int) -> set[int]:
-    """Which steps, from 1, are shown before the last: so many as asked or as there are, spread evenly."""
-    between = steps - 1
-    count = min(partial_images, between)
-    return {round((i + 1) * between / count) for i in range(count)}
-
-
 async def _events(
     order: Order, seen: asyncio.Queue[tuple[int, int, NDArray[np.uint8]]], asked: ImageRequest, warned: list[str]
 ) -> AsyncIterator[bytes]:
@@ -241,17 +239,18 @@ async def _events(
     number = 0
     drawn = order.jobs[0].ask  # of its size, though a preview may be smaller
     settled = {"background": "opaque", "output_format": kind, "quality": "auto", "size": f"{drawn.width}x{drawn.height}"}
-    work = asyncio.ensure_future(order.made())
+    work, step = asyncio.ensure_future(order.made()), asyncio.ensure_future(seen.get())
     try:
-        while not (work.done() and seen.empty()):
-            step = asyncio.ensure_future(seen.get())
+        while not (work.done() and seen.empty() and not step.done()):
             await asyncio.wait({work, step}, timeout=HEARTBEAT_S, return_when=asyncio.FIRST_COMPLETED)
             if not step.done():
-                step.cancel()
-                if not work.done():
+                if work.done():
+                    await asyncio.sleep(0)  # what was put just now reaches who waits for it
+                else:
                     yield b": waiting\n\n"
                 continue
             k, steps, image = step.result()
+            step = asyncio.ensure_future(seen.get())
             raw = await asyncio.to_thread(encoded, image, kind, asked.output_compression, None)
             told = {"partial_image_index": number, "fewstep": {"step": k, "steps": steps}}
             yield _event("image_generation.partial_image", {**told, **_carried(raw), **settled})
@@ -259,6 +258,7 @@ async def _events(
         made, facts = work.result()[0]
     finally:
         work.cancel()
+        step.cancel()
     facts = _warn(facts, warned)
     raw = await asyncio.to_thread(encoded, made.image, kind, asked.output_compression, facts)
     yield _event("image_generation.completed", {**_carried(raw), **settled, "usage": USAGE, "fewstep": facts})

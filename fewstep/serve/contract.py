@@ -6,7 +6,6 @@ steps or from guidance: what cannot work is refused with the fix, what can is do
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 MOST_STEPS, MOST_GUIDANCE, MOST_CHARACTERS = 1000, 100.0, 10_000
 ADDRESSES = 2**63  # seeds and numbers of images
+MOST_SIDE = 2**14  # pixels, where a table of positions does not say
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,13 @@ def resolve(contract: Contract, ask: Ask) -> tuple[Ask, tuple[str, ...]]:
     steps = contract.default_steps if ask.steps is None else ask.steps
     if contract.steps and steps not in contract.steps:
         there = " or ".join(map(str, contract.steps))
-        raise ValueError(f"steps = {steps}: {contract.name} was made for {there} steps, others give noise; give {there}")
+        raise ValueError(f"steps = {_shown(steps)}: {contract.name} was made for {there}, others give noise; give {there}")
     if not 1 <= steps <= MOST_STEPS:
-        raise ValueError(f"steps = {steps}: give 1 to {MOST_STEPS}")
-    scale = contract.guidance_scale if ask.guidance_scale is None else float(ask.guidance_scale)
-    if not (math.isfinite(scale) and 0 <= scale <= MOST_GUIDANCE):
-        raise ValueError(f"guidance_scale = {scale}: give 0 to {MOST_GUIDANCE:g} (1 is off)")
+        raise ValueError(f"steps = {_shown(steps)}: give 1 to {MOST_STEPS}")
+    asked = contract.guidance_scale if ask.guidance_scale is None else ask.guidance_scale
+    if not 0 <= asked <= MOST_GUIDANCE:  # before it becomes a float, which not every whole number can
+        raise ValueError(f"guidance_scale = {_shown(asked)}: give 0 to {MOST_GUIDANCE:g} (1 is off)")
+    scale = float(asked)
     width = contract.width if ask.width is None else ask.width
     height = contract.height if ask.height is None else ask.height
     for side, pixels in (("width", width), ("height", height)):
@@ -139,22 +140,28 @@ def _check(ask: Ask) -> None:
     for name in ("seed", "index"):
         number = getattr(ask, name)
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < ADDRESSES:
-            raise ValueError(f"{name} = {number!r:.40}: give a whole number from 0 to 2^63 - 1")
+            raise ValueError(f"{name} = {_shown(number)}: give a whole number from 0 to 2^63 - 1")
     for name in ("steps", "width", "height"):
         number = getattr(ask, name)
         if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
-            raise ValueError(f"{name} = {number!r:.40}: give a whole number")
+            raise ValueError(f"{name} = {_shown(number)}: give a whole number")
     scale = ask.guidance_scale
     if scale is not None and (not isinstance(scale, int | float) or isinstance(scale, bool)):
-        raise ValueError(f"guidance_scale = {scale!r:.40}: give a number")
+        raise ValueError(f"guidance_scale = {_shown(scale)}: give a number")
+
+
+def _shown(value: object) -> str:
+    """Short, also a whole number that is too long to be written."""
+    if isinstance(value, int) and abs(value) >= 2**64:
+        return f"{'-' if value < 0 else ''}2^{abs(value).bit_length() - 1} or more"
+    return f"{value!r:.40}"
 
 
 def _check_side(contract: Contract, side: str, pixels: int) -> None:
-    step, most = contract.multiple, contract.largest
-    nearest = max(step, round(min(pixels, most or pixels) / step) * step)
-    if most:
-        nearest = min(nearest, most // step * step)
-    if most and pixels > most:
-        raise ValueError(f"{side} = {pixels}: {contract.name} knows positions up to {most} pixels; the nearest is {nearest}")
+    step, most = contract.multiple, contract.largest or MOST_SIDE
+    nearest = min(max(step, round(max(0, min(pixels, most)) / step) * step), most // step * step)
+    if pixels > most:
+        why = f"{contract.name} knows positions up to {most} pixels" if contract.largest else f"give at most {most}"
+        raise ValueError(f"{side} = {_shown(pixels)}: {why}; the nearest is {nearest}")
     if pixels < step or pixels % step:
-        raise ValueError(f"{side} = {pixels}: give a multiple of {step}; the nearest is {nearest}")
+        raise ValueError(f"{side} = {_shown(pixels)}: give a multiple of {step}; the nearest is {nearest}")

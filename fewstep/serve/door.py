@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import difflib
@@ -17,9 +18,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fewstep.serve.api import ImageRequest
-from fewstep.serve.service import MOST_BODY, Refusal, Service
+from fewstep.serve.service import MOST_BODY, Refusal, Service, Settings
 
 OPEN = {"/", "/page.css", "/page.js", "/healthz", "/docs", "/openapi.json", "/favicon.ico"}  # without a key; so are kept images
+BODY_S = 20.0  # that a body may take to arrive
 FILES = "/v1/images/files/"
 MEANT = {  # names of the same things elsewhere
     "steps": "num_inference_steps",
@@ -62,6 +64,8 @@ def answer(refused: Refusal, path: str) -> JSONResponse:
     headers = {} if refused.retry_after is None else {"Retry-After": str(refused.retry_after)}
     if refused.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if refused.status in (408, 413):
+        headers["Connection"] = "close"  # the rest of the body is not waited for
     return AsciiJSON(body, refused.status, headers)
 
 
@@ -89,6 +93,7 @@ def of_http(error: HTTPException) -> Refusal:
         400: (f"the body cannot be read: send {EXAMPLE}", "invalid_body"),
         404: ("there is nothing here; /docs lists what there is", "not_found"),
         405: ("this path takes another method; /docs lists what there is", "method_not_allowed"),
+        408: (f"the body did not arrive within {BODY_S:g} s: send it again", "too_slow"),
         413: (f"the body is longer than {MOST_BODY:,} bytes: shorten the prompt", "too_large"),
     }
     message, code = texts.get(error.status_code, (str(error.detail), "invalid_request"))
@@ -117,12 +122,18 @@ class Door:
                     headers.setdefault(name, value)
             await send(message)
 
-        taken = 0
+        taken, whole = 0, False
+        until = asyncio.get_running_loop().time() + BODY_S
 
         async def limited() -> Message:
-            nonlocal taken
-            message = await receive()
+            nonlocal taken, whole
+            try:
+                async with asyncio.timeout_at(None if whole else until):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408) from None
             taken += len(message.get("body", b""))
+            whole = whole or not message.get("more_body", False)
             if taken > MOST_BODY:
                 raise HTTPException(413)
             return message
@@ -142,26 +153,27 @@ class Door:
         settings = self.service.settings
         given = headers.get("host", "")
         host = given[1:].partition("]")[0] if given.startswith("[") else given.partition(":")[0]
-        if settings.hosts and host not in settings.hosts:
+        if settings.hosts and host.lower() not in settings.hosts:
             message = f"this server does not answer to {host[:80]!r}: call it {settings.hosts[0]}, or start it with --api-key"
             return Refusal(421, message, "wrong_host")
-        if not (path in OPEN or path.startswith(FILES)) and not self._knows(headers.get("authorization", "")):
+        if not (path in OPEN or path.startswith(FILES)) and not knows(settings, headers.get("authorization", "")):
             return Refusal(401, "the API key is missing or wrong: send it as Authorization: Bearer KEY", "invalid_api_key")
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > MOST_BODY:
             return of_http(HTTPException(413))
         return None
 
-    def _knows(self, given: str) -> bool:
-        """Whether the header holds the key: `Bearer KEY`, or `Basic` with the key as the password."""
-        key = self.service.settings.api_key
-        if not key:
-            return True
-        kind, _, value = given.partition(" ")
-        told = value.encode("latin-1")  # as the header's bytes were read
-        if kind.lower() == "basic":
-            try:
-                told = base64.b64decode(told, validate=True).partition(b":")[2]
-            except binascii.Error:
-                return False
-        return kind.lower() in ("bearer", "basic") and secrets.compare_digest(told, key.encode())
+
+def knows(settings: Settings, given: str) -> bool:
+    """Whether the header holds the key: `Bearer KEY`, or `Basic` with the key as the password."""
+    key = settings.api_key
+    if not key:
+        return True
+    kind, _, value = given.partition(" ")
+    told = value.encode("latin-1")  # as the header's bytes were read
+    if kind.lower() == "basic":
+        try:
+            told = base64.b64decode(told, validate=True).partition(b":")[2]
+        except binascii.Error:
+            return False
+    return kind.lower() in ("bearer", "basic") and secrets.compare_digest(told, key.encode())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from fewstep.conditioning import TextCond
 from fewstep.serve import contract as contracts
 from fewstep.serve import decode, opening, text
 from fewstep.serve.contract import Ask, Contract, Made
+from fewstep.serve.queue import Stopped
 from fewstep.serve.steps import Denoiser
 
 __all__ = ["Ask", "Contract", "Engine", "Made", "open_engine"]
@@ -70,16 +71,25 @@ class Engine:
             ValueError: it cannot be drawn; says what can.
         """
         settled, said = contracts.resolve(self.contract, ask)
-        used = [settled.prompt] + ([settled.negative_prompt] if settled.guidance_scale != 1 else [])
-        if any(text.cut(self._tokenizers, self.contract.t5_tokens, words) for words in used if len(words) > SHORT):
-            said = (*said, "the prompt is longer than any text encoder reads: its end has no effect")
+        used = {"prompt": settled.prompt, "negative prompt": settled.negative_prompt if settled.guidance_scale != 1 else ""}
+        for name, words in used.items():
+            if len(words) > SHORT and text.cut(self._tokenizers, self.contract.t5_tokens, words):
+                said = (*said, f"the {name} is longer than any text encoder reads: its end has no effect")
         return settled, said
 
     def grid(self, steps: int) -> tuple[float, ...]:
         """Times visited by so many steps: the model's own, or a uniform grid shifted by 3."""
         return self.contract.grid if steps == self.contract.default_steps else grids.shifted_grid(steps)
 
-    def draw(self, asks: Sequence[Ask], on_step: OnStep | None = None) -> list[Made]:
+    def draw(
+        self,
+        asks: Sequence[Ask],
+        on_step: OnStep | None = None,
+        *,
+        stopped: Callable[[], bool] | None = None,
+        watched: Collection[int] | None = None,
+        shown: Collection[int] | None = None,
+    ) -> list[Made]:
         """Draw images; asks may differ in everything. Those of one size and number of steps are drawn together.
 
         Args:
@@ -87,9 +97,14 @@ class Engine:
             on_step: called after each step of those that are drawn together, in the order in which they are asked, with the
                 step's number from 1, the number of steps, and previews (B, H, W, 3), which may be smaller than the images.
                 What it raises ends the drawing.
+            stopped: asked after each step, which costs nothing, whether nobody wants the images any more.
+            watched: positions of the asks that previews are made of, in their order; all by default.
+            shown: steps that they are made of; at others `on_step` gets none, (0, H, W, 3). All by default. What previews take
+                is told apart, as "preview" in the seconds.
 
         Raises:
             ValueError: an image that cannot be drawn; nothing was.
+            Stopped: `stopped` said so.
         """
         settled = [self.resolve(ask) for ask in asks]
         groups: dict[Any, list[int]] = {}
@@ -101,7 +116,9 @@ class Engine:
             conds = self._conditions([ask for ask, _ in settled])
             told = (time.perf_counter() - start) / max(1, len(asks))
             for numbers in groups.values():
-                drawn = self._together([settled[k] for k in numbers], conds, told, on_step)
+                rows = [row for row, k in enumerate(numbers) if watched is None or k in watched]
+                watch = _Watch(on_step, stopped, rows, shown)
+                drawn = self._together([settled[k] for k in numbers], conds, told, watch)
                 made.update(zip(numbers, drawn, strict=True))
         return [made[number] for number in range(len(asks))]
 
@@ -113,7 +130,7 @@ class Engine:
         return self._texts(texts)
 
     def _together(
-        self, settled: Sequence[tuple[Ask, tuple[str, ...]]], conds: Mapping[str, TextCond], told: float, on_step: OnStep | None
+        self, settled: Sequence[tuple[Ask, tuple[str, ...]]], conds: Mapping[str, TextCond], told: float, watch: _Watch
     ) -> list[Made]:
         """Images of one size and number of steps."""
         if self._drawer is None:
@@ -121,14 +138,16 @@ class Engine:
         drawer, asks = self._drawer, [ask for ask, _ in settled]
         steps, start = int(asks[0].steps or 0), time.perf_counter()
         grid = self.grid(steps)
-        x0 = drawer.denoise(asks, grid, conds, on_step)
+        x0 = drawer.denoise(asks, grid, conds, watch)
         drawn = time.perf_counter()
         images = decode.to_uint8(drawer.pixels(x0))
         seconds = {
             "text": told,
-            "denoise": (drawn - start) / len(asks),
+            "denoise": (drawn - start - watch.seconds) / len(asks),
             "decode": (time.perf_counter() - drawn) / len(asks),
         }
+        if watch.previews:
+            seconds["preview"] = watch.seconds / len(asks)
         evaluations = [steps * (1 if ask.guidance_scale == 1 else 2) for ask in asks]
         return [
             Made(image, ask, grid, nfe, said, dict(seconds))
@@ -148,6 +167,31 @@ class _Chunk(NamedTuple):
     batch: Any
 
 
+class _Watch:
+    """Who looks on while images are drawn together: what is shown to them, and whether they are still there."""
+
+    def __init__(
+        self, on_step: OnStep | None, stopped: Callable[[], bool] | None, rows: list[int], shown: Collection[int] | None
+    ) -> None:
+        self._on_step, self._stopped, self._rows, self._shown = on_step, stopped, rows, shown
+        self.seconds, self.previews = 0.0, 0
+
+    def after(self, step: int, steps: int, x: Tensor, t: float, v: Tensor, preview: decode.Preview) -> None:
+        """A step, from 1, from latents x at time t along v was computed. Raises Stopped."""
+        if self._stopped is not None and self._stopped():
+            raise Stopped
+        if self._on_step is None:
+            return
+        begun = time.perf_counter()
+        rows = self._rows if self._shown is None or step in self._shown else []
+        images = np.zeros((0, 8 * x.shape[-2], 8 * x.shape[-1], 3), np.uint8)
+        if rows:
+            images = preview(x[rows] - t * v[rows])
+        self._on_step(step, steps, images)
+        self.previews += len(rows)
+        self.seconds += time.perf_counter() - begun
+
+
 class _Drawer:
     """A model in memory, from noise to pixels."""
 
@@ -156,13 +200,14 @@ class _Drawer:
         if model.decode is None:
             decode.channels_last(model.pipe.vae)
         self._preview = decode.Preview(self.pixels)
+        opening.trim()
 
     def pixels(self, x0: Tensor) -> Tensor:
         """Latents to pixels (B, 3, H, W), nominally in [-1, 1]."""
         return self._model.decode(x0) if self._model.decode else decode.pixels(self._model.pipe.vae, x0)
 
     def denoise(
-        self, asks: Sequence[Ask], grid: tuple[float, ...], conds: Mapping[str, TextCond], on_step: OnStep | None
+        self, asks: Sequence[Ask], grid: tuple[float, ...], conds: Mapping[str, TextCond], watch: _Watch | None
     ) -> Tensor:
         """Latents (B, 16, H, W) of images of one size and number of steps, step by step all together."""
         height, width = (asks[0].height or 0) // 8, (asks[0].width or 0) // 8
@@ -173,8 +218,8 @@ class _Drawer:
             v = torch.empty_like(x)
             for rows, scales, batch in chunks:
                 v[rows] = _velocity(batch, x[rows], k, scales)
-            if on_step:
-                on_step(k + 1, steps, self._preview(x - t * v))
+            if watch is not None:
+                watch.after(k + 1, steps, x, t, v, self._preview)
             x = x + (t_next - t) * v
         return x
 

@@ -157,8 +157,11 @@ class Batch:
 
     def __init__(self, fast: Fast, known: Sequence[Known], height: int, width: int, run: Forward | None = None) -> None:
         self._fast, self._size, self._run = fast, (height, width), run or forward
-        self._context = torch.stack([k.context for k in known])
-        self._modulations = torch.stack([k.modulations for k in known], dim=1)  # (steps, B, R, 1, D)
+        if len(known) == 1:  # nothing needs to be copied
+            self._context, self._modulations = known[0].context[None], known[0].modulations[:, None]
+        else:
+            self._context = torch.stack([k.context for k in known])
+            self._modulations = torch.stack([k.modulations for k in known], dim=1)  # (steps, B, R, 1, D)
         self._positions = positions(fast.network, height, width)
         self._scales = norms(fast, self._positions.shape[1], self._context.shape[1])
 

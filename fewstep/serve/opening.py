@@ -5,6 +5,8 @@ A part that an export does not hold comes from the student that it was made of: 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -224,7 +226,7 @@ def _graph(folder: Path, record: Artifact, pipe: StableDiffusion3Pipeline, own: 
         parts["encode"] = partial(_encoded, runtime.encode(at, threads), at, record.t5_tokens)
         pipe.register_modules(**dict.fromkeys(sd3.ENCODERS))
     else:
-        pipe.register_modules(transformer=_shape(own))
+        pipe.register_modules(transformer=sd3.shape(own))
     return _opened(folder, record, pipe, own, device, **parts)
 
 
@@ -300,10 +302,10 @@ def keep_compiled(folder: Path) -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.resolve()))
 
 
-def _shape(folder: Path) -> Any:
-    """A denoiser without numbers: its configuration says how wide text encoders are that are not there."""
-    with torch.device("meta"):
-        return SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(folder / "transformer"))
+def trim() -> None:
+    """Give back what opening and preparing left free: the C library keeps it otherwise, and drawing takes it anew."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _latent(folder: Path) -> tuple[int, int, int]:

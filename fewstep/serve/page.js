@@ -183,14 +183,14 @@ function present(made) {
     Model: told.model, Seed: told.seed, Steps: `${told.num_inference_steps} (${told.network_evaluations} evaluations)`,
     Times: told.num_inference_steps > 8 ? `1 to 0 in ${told.num_inference_steps}` : told.grid.map((t) => +t.toFixed(3)).join(", "),
     Guidance: told.guidance_scale === 1 ? "off" : told.guidance_scale, Size: told.size.replace("x", " × "),
-    ...Object.fromEntries(["queue", "text", "denoise", "decode"].filter((p) => p in parts).map((p) => [NAMES[p], seconds(parts[p])])),
+    ...Object.fromEntries(["queue", "text", "denoise", "preview", "decode"].filter((p) => p in parts).map((p) => [NAMES[p], seconds(parts[p])])),
     "Round trip": seconds(made.took), Weights: told.weights.slice(0, 12),
   });
   warnings(told.warnings);
   $("download").hidden = false;
-  window.history.replaceState(null, "", `#${new URLSearchParams({ prompt: told.prompt, seed: told.seed })}`);
+  window.history.replaceState(null, "", `#${new URLSearchParams({ prompt: told.prompt, seed: told.seed, model: told.model })}`);
 }
-const NAMES = { queue: "Waiting", text: "Reading", denoise: "Drawing", decode: "Decoding" };
+const NAMES = { queue: "Waiting", text: "Reading", denoise: "Drawing", preview: "Previews", decode: "Decoding" };
 
 function facts(told) {
   $("facts").replaceChildren(...Object.entries(told).flatMap(([name, value]) => {
@@ -233,12 +233,14 @@ function empty() {
 
 // --- history ------------------------------------------------------------------------------------------------------------------
 
+const KEYS = ["prompt", "negative_prompt", "seed", "model", "weights", "size", "num_inference_steps", "guidance_scale"];
+
 function remember() {
   const made = state.shown;
   if (!made || made.kept) return;
   made.kept = true;
   const told = made.fewstep;
-  const same = (old) => ["prompt", "seed", "model", "size", "num_inference_steps", "guidance_scale"].every((k) => old.fewstep[k] === told[k]);
+  const same = (old) => KEYS.every((k) => old.fewstep[k] === told[k]);
   const at = state.history.findIndex(same);  // what is there stays where it is: arrows may be on their way through
   if (at < 0) state.history = [made, ...state.history].slice(0, KEPT);
   state.at = Math.max(0, at);
@@ -267,10 +269,12 @@ function strip() {
 }
 
 function restore(i) {
-  if (i < 0 || i >= state.history.length) return;
-  if (state.at < 0) remember();
-  const { fewstep: told } = state.history[i];
-  state.at = i;
+  const made = state.history[i];
+  if (!made) return;
+  if (state.at < 0) remember();  // which moves the others
+  if (!state.history.includes(made)) state.history.push(made);  // and may push out the last
+  const { fewstep: told } = made;
+  state.at = state.history.indexOf(made);
   $("prompt").value = told.prompt;
   $("seed").value = told.seed;
   if (contractOf(told.model)) choose(told.model);
@@ -279,7 +283,7 @@ function restore(i) {
   $("steps").value = told.num_inference_steps;
   $("guidance").value = told.guidance_scale;
   strip();
-  $("history").children[i].scrollIntoView({ block: "nearest", inline: "nearest" });
+  $("history").children[state.at].scrollIntoView({ block: "nearest", inline: "nearest" });
   soon(0);
 }
 
@@ -377,7 +381,7 @@ async function begin() {
   }
   problem(null);
   $("model").replaceChildren(...state.models.map((model) => new Option(model.id, model.id)));
-  choose(state.models[0].id);
+  choose(contractOf(linked.get("model")) ? linked.get("model") : state.models[0].id);
   if ($("prompt").value.trim()) soon(0);
 }
 

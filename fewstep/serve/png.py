@@ -15,16 +15,18 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from fewstep import __version__
 from fewstep.serve.contract import MOST_STEPS, Ask, Contract, Made
+
+if TYPE_CHECKING:
+    import torch  # the server writes images without it
 
 KEY, A1111, FORMAT = "fewstep", "parameters", 1
 MOST_BYTES, MOST_JSON, MOST_PIXELS = 2**28, 2**16, 2**26
@@ -56,6 +58,8 @@ class Told(NamedTuple):
 
 def environment(dtype: str, device: torch.device) -> dict[str, str]:
     """What the last bits of an image may depend on."""
+    import torch
+
     found = {"fewstep": __version__, "python": platform.python_version()}
     found |= {name: metadata.version(name) for name in LIBRARIES}
     processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
@@ -79,17 +83,22 @@ def record(made: Made, contract: Contract, around: Mapping[str, str]) -> dict[st
     }
 
 
-def parameters(made: Made, contract: Contract) -> str:
-    """The same as A1111 writes it; line ends of prompts become spaces, so that none passes for another field."""
-    ask = made.ask
+def a1111_line(told: Mapping[str, Any]) -> str:
+    """An image of the API, by the API's words, as A1111 writes it."""
+    same = _of_api(told)
+    return _parameters(Ask(**same["ask"]), same["model"]["name"], same["model"]["weights"])
+
+
+def _parameters(ask: Ask, model: str, weights: str) -> str:
+    """Parameters as A1111 writes them; line ends of prompts become spaces, so that none passes for another field."""
     facts = {
         "Steps": ask.steps,
         "Sampler": "Euler",
         "CFG scale": f"{ask.guidance_scale:g}",
         "Seed": ask.seed,
         "Size": f"{ask.width}x{ask.height}",
-        "Model hash": contract.weights[:10],
-        "Model": contract.name,
+        "Model hash": weights[:10],
+        "Model": model,
         "Version": f"fewstep {__version__}",
     }
     negative = [f"Negative prompt: {_one_line(ask.negative_prompt)}"] if ask.negative_prompt else []
@@ -102,13 +111,25 @@ def write(path: Path, made: Made, contract: Contract, around: Mapping[str, str] 
     Raises:
         OSError: it cannot be written.
     """
-    chunks = PngInfo()
+    chunks = None
     if around is not None:
-        chunks.add_text(KEY, json.dumps(record(made, contract, around)))
-        chunks.add_itxt(A1111, parameters(made, contract))
+        line = _parameters(made.ask, contract.name, contract.weights)
+        chunks = _chunks(record(made, contract, around), line)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     Image.fromarray(made.image).save(partial, "PNG", pnginfo=chunks)
     os.replace(partial, path)
+
+
+def chunks_of_api(told: Mapping[str, Any]) -> PngInfo:
+    """What is written into an image of the server: the API's own words."""
+    return _chunks(told, a1111_line(told))
+
+
+def _chunks(told: Mapping[str, Any], line: str) -> PngInfo:
+    chunks = PngInfo()
+    chunks.add_text(KEY, json.dumps(told))  # JSON in ASCII
+    chunks.add_itxt(A1111, line)
+    return chunks
 
 
 def read(path: Path) -> Told:
@@ -117,6 +138,8 @@ def read(path: Path) -> Told:
     Raises:
         ValueError: no PNG, one that says nothing, or one that says what cannot be.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} cannot be read: it is not a file")  # a pipe would be waited for
     try:
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"{path} is larger than {MOST_BYTES >> 20} MiB: no image of ours")
@@ -129,7 +152,7 @@ def read(path: Path) -> Told:
         why = error.strerror or ("not a PNG" if isinstance(error, UnidentifiedImageError) else str(error))
         raise ValueError(f"{path} cannot be read: {why}") from None
     except (SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        raise ValueError(f"{path} is damaged: {shown(str(error))[:200]}") from None
     if not isinstance(text, str):
         raise ValueError(
             f"{path} does not say how it was made: it is no image of `fewstep generate`, or was written with --no-metadata, "
@@ -141,7 +164,7 @@ def read(path: Path) -> Told:
         told = json.loads(text)
         return _told(told, image) if "num_inference_steps" not in told else _told(_of_api(told), image)
     except (KeyError, TypeError, ValueError, RecursionError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{path}: what it says of itself is damaged or was changed ({_one_line(str(error))[:200]})") from None
+        raise ValueError(f"{path}: what it says of itself is damaged or was changed ({shown(str(error))[:200]})") from None
 
 
 def hash_of(image: NDArray[np.uint8]) -> str:
@@ -160,8 +183,8 @@ def _told(told: Mapping[str, Any], image: NDArray[np.uint8]) -> Told:
     if ask.steps != len(grid) - 1 or (ask.height, ask.width) != image.shape[:2]:
         raise ValueError("steps or size are not those of the image")
     around = told.get("environment", {})
-    known = {str(key)[:40]: str(value)[:80] for key, value in around.items()}
-    name = _one_line(str(told["model"]["name"]))[:80]
+    known = {shown(str(key))[:40]: shown(str(value))[:80] for key, value in around.items()}
+    name = shown(str(told["model"]["name"]))[:80]
     return Told(image, ask, name, weights, tuple(map(float, grid)), str(told.get("pixels", "")), known)
 
 
@@ -173,5 +196,10 @@ def _of_api(told: Mapping[str, Any]) -> dict[str, Any]:
     return {"format": FORMAT, "ask": ask, "grid": told["grid"], "model": {"name": told["model"], "weights": told["weights"]}}
 
 
+def shown(text: str) -> str:
+    """Anyone's words on a line of a terminal: nothing that steers it, and no characters that hide or reverse others."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(text.replace("\0", " ").split())  # NUL ends a text in a PNG

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -64,10 +64,8 @@ class Hand(Protocol):
         """Open the model, again if it died. Raises ValueError or Died."""
         ...
 
-    async def draw(
-        self, asks: Sequence[Ask], watched: Sequence[int], on_step: StepCall, stop: asyncio.Event
-    ) -> list[Made]:
-        """As the engine's; `on_step` gets the images of the asks at `watched`. Raises Died or Stopped."""
+    async def draw(self, batch: Batch) -> list[Made]:
+        """Draw `batch.asks`, telling `batch.on_step` of every step, until `batch.stop` is set. Raises Died or Stopped."""
         ...
 
     async def gone(self) -> None:
@@ -86,6 +84,7 @@ class Job:
     ask: Ask
     made: asyncio.Future[Made]
     on_step: StepCall | None = None
+    shown: Collection[int] | None = None  # steps, from 1, that are watched; None is every one
     since: float = field(default_factory=time.monotonic)
     waited: float = 0.0
     tries: int = 0
@@ -113,14 +112,26 @@ class Batch:
     steps: int = 0
 
     @property
+    def asks(self) -> list[Ask]:
+        """What is to be drawn."""
+        return [job.ask for job in self.jobs]
+
+    @property
     def watched(self) -> list[int]:
-        """Positions of the jobs that want to see every step."""
+        """Positions of the jobs that want to see steps."""
         return [i for i, job in enumerate(self.jobs) if job.on_step is not None]
 
+    @property
+    def shown(self) -> list[int] | None:
+        """Steps that somebody wants to see; None is every one."""
+        wanted = [self.jobs[i].shown for i in self.watched]
+        found = [steps for steps in wanted if steps is not None]
+        return None if len(found) < len(wanted) else sorted({step for steps in found for step in steps})
+
     def on_step(self, step: int, steps: int, images: NDArray[np.uint8]) -> None:
-        """Hand the images of a step, (watched, H, W, 3), to those who watch."""
+        """Note a step, and hand its images, (watched, H, W, 3) or none, to those who watch."""
         self.step, self.steps = step, steps
-        for image, i in zip(images, self.watched, strict=True):
+        for image, i in zip(images, self.watched if len(images) else (), strict=True):
             job = self.jobs[i]
             if job.on_step is not None and not job.made.done():
                 job.on_step(step, steps, image)
@@ -150,7 +161,8 @@ class Line:
     ) -> None:
         self.name, self.hands, self.bound, self.largest, self.wait_s = name, list(hands), bound, batch, wait_s
         self.on_batch = on_batch or (lambda made, seconds: None)
-        self.contract: Contract | None = None
+        self.contract: Contract | None = None  # under the name that clients know
+        self._own: Contract | None = None  # as the engine has it
         self.running: list[Batch] = []
         self.restarts = 0
         self.broken = ""  # why no worker starts
@@ -165,13 +177,20 @@ class Line:
         Raises:
             ValueError: the model cannot be opened.
         """
-        if self.contract is None:
-            try:
-                self.contract = (await asyncio.gather(*(hand.start() for hand in self.hands)))[0]
-            except BaseException:
-                await asyncio.gather(*(hand.close() for hand in self.hands), return_exceptions=True)
-                raise
-            self._tasks = [asyncio.create_task(self._work(hand)) for hand in self.hands]
+        if self.contract is not None:
+            return self.contract
+        try:
+            opened = await asyncio.gather(*(hand.start() for hand in self.hands))
+        except BaseException as error:
+            await asyncio.gather(*(hand.close() for hand in self.hands), return_exceptions=True)
+            if isinstance(error, Died):
+                raise ValueError(f"{self.name} cannot be opened: {error} before its model was open") from error
+            raise
+        self._tasks = [asyncio.create_task(self._work(hand)) for hand in self.hands]
+        return self._opened(opened[0])
+
+    def _opened(self, own: Contract) -> Contract:
+        self._own, self.contract = own, own._replace(name=self.name)
         return self.contract
 
     async def close(self) -> None:
@@ -214,11 +233,20 @@ class Line:
             raise Down(f"{self.name} is not open yet")
         return contracts.resolve(self.contract, ask)
 
-    def put(self, asks: Sequence[Ask], on_step: StepCall | None = None) -> list[Job]:
-        """Let images join the line, all of them or none. Raises Full or Down."""
+    def said(self, made: Made) -> tuple[str, ...]:
+        """An image's warnings, with the name of the model that clients know."""
+        if self.contract is None or self._own is None:
+            return made.warnings
+        own = contracts.resolve(self._own, made.ask)[1]
+        return (*contracts.resolve(self.contract, made.ask)[1], *(words for words in made.warnings if words not in own))
+
+    def put(
+        self, asks: Sequence[Ask], on_step: StepCall | None = None, shown: Collection[int] | None = None
+    ) -> list[Job]:
+        """Let images join the line, all of them or none; `on_step` is told of the steps `shown`. Raises Full or Down."""
         self.room_for(len(asks))
         loop = asyncio.get_running_loop()
-        jobs = [Job(ask, loop.create_future(), on_step) for ask in asks]
+        jobs = [Job(ask, loop.create_future(), on_step, shown) for ask in asks]
         self._waiting.extend(jobs)
         self._arrived.set()
         return jobs
@@ -269,7 +297,8 @@ class Line:
                 else:
                     waited_since, left = None, 0.0
                 try:
-                    await asyncio.wait_for(self._arrived.wait(), left or None)
+                    async with asyncio.timeout(left or None):  # wait_for of Python 3.11 may swallow a cancellation
+                        await self._arrived.wait()
                 except TimeoutError:
                     continue
             batch = Batch(chosen)
@@ -288,7 +317,10 @@ class Line:
                 for task in (take, gone):
                     task.cancel()
             if take.done() and not take.cancelled():
-                await self._draw(hand, take.result())
+                if hand.alive():
+                    await self._draw(hand, take.result())
+                else:
+                    self._back(take.result().jobs)
             if not hand.alive():
                 await self._revive(hand)
 
@@ -296,7 +328,7 @@ class Line:
         begun = time.monotonic()
         self.running.append(batch)
         try:
-            made = await hand.draw([job.ask for job in batch.jobs], batch.watched, batch.on_step, batch.stop)
+            made = await hand.draw(batch)
         except Stopped:
             return
         except asyncio.CancelledError:
@@ -320,13 +352,16 @@ class Line:
 
     def _again(self, batch: Batch, error: Exception) -> None:
         """Back to the head of the line, in order; whoever had all tries is told."""
-        wanted = [job for job in batch.jobs if not job.made.done()]
-        for job in reversed(wanted):
+        for job in batch.jobs:
             job.tries += 1
+        self._fail([job for job in batch.jobs if job.tries >= TRIES], error)
+        self._back(batch.jobs)
+
+    def _back(self, jobs: Sequence[Job]) -> None:
+        """Those that somebody still waits for, to the head of the line, in order."""
+        for job in reversed(jobs):
             job.batch = None
-            if job.tries >= TRIES:
-                self._fail([job], error)
-            else:
+            if not job.made.done():
                 self._waiting.appendleft(job)
         self._arrived.set()
 
@@ -336,7 +371,7 @@ class Line:
             self.restarts += 1
             LOG.warning("a worker of %s has ended; it is started again", self.name)
             try:
-                self.contract = await hand.start()
+                self._opened(await hand.start())
                 self.broken = ""
                 return
             except (ValueError, OSError, Died) as error:

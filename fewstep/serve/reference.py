@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
-EXAMPLE = """curl http://127.0.0.1:8188/v1/images/generations \\
+EXAMPLE = """curl {base}v1/images/generations \\
   -H 'Content-Type: application/json' \\
   -d '{"prompt": "a large red circle", "seed": 7}'"""
 
 
-def page(described: Mapping[str, Any]) -> str:
-    """HTML of an OpenAPI description."""
+def page(described: Mapping[str, Any], base: str) -> str:
+    """HTML of an OpenAPI description; `base` is the address that the server was reached at, with a last slash."""
     schemas = described.get("components", {}).get("schemas", {})
     operations = [
         (method.upper(), path, operation)
@@ -24,7 +24,7 @@ def page(described: Mapping[str, Any]) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         '<title>API of fewstep serve</title><link rel="stylesheet" href="/page.css"></head><body class="reference"><main>'
         f'<p><a href="/">fewstep</a></p><h1>API</h1><p>Machines read <a href="/openapi.json">openapi.json</a>.</p>'
-        f"<pre>{escape(EXAMPLE)}</pre>{body}</main></body></html>"
+        f"<pre>{escape(EXAMPLE.replace('{base}', base))}</pre>{body}</main></body></html>"
     )
 
 

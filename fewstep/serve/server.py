@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -15,12 +18,13 @@ from starlette.exceptions import HTTPException
 
 from fewstep import __version__
 from fewstep.serve import api, reference, shim
-from fewstep.serve.door import AsciiJSON, Door, answer, of_http, of_validation
+from fewstep.serve.door import AsciiJSON, Door, answer, knows, of_http, of_validation
 from fewstep.serve.queue import LONGEST_WAIT_S, Hand, Line
 from fewstep.serve.service import Refusal, Service, Settings
 from fewstep.serve.workers import Draws, InProcess
 
 PAGE = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+MOST_CONNECTIONS, OTHER_FILES = 4096, 128
 HERE = Path(__file__).parent
 
 
@@ -73,18 +77,30 @@ def app(models: Mapping[str, Draws | Sequence[Hand]], settings: Settings | None 
 
 
 async def start(made: FastAPI) -> None:
-    """Open the models of a server; the lifespan does it too, but cannot say so well what is wrong.
+    """Open the models of a server, all at once; the lifespan does it too, but cannot say so well what is wrong.
 
     Raises:
         ValueError: a model that cannot be opened.
     """
     service: Service = made.state.service
-    for line in service.lines.values():
-        await line.start()
+    opening = [asyncio.ensure_future(line.start()) for line in service.lines.values()]
+    try:
+        await asyncio.gather(*opening)
+    except BaseException:
+        for task in opening:
+            task.cancel()
+        await asyncio.gather(*opening, return_exceptions=True)
+        await asyncio.gather(*(line.close() for line in service.lines.values()))
+        raise
 
 
-def listener(made: FastAPI, host: str, port: int, keep_alive_s: int = LONGEST_WAIT_S + 10) -> uvicorn.Server:
+def listener(
+    made: FastAPI, host: str, port: int, keep_alive_s: int = LONGEST_WAIT_S + 10, forwarded: str = ""
+) -> uvicorn.Server:
     """What serves an application at an address, quietly.
+
+    Addresses of clients are those of their connections; `forwarded` names proxies, by comma, that are believed about theirs
+    (X-Forwarded-For). Above `_connections` a request is answered 503 and its connection closed.
 
     A connection is kept for longer than a client may be told to wait: one that is closed just as it is used again breaks the
     request on it.
@@ -98,10 +114,23 @@ def listener(made: FastAPI, host: str, port: int, keep_alive_s: int = LONGEST_WA
             access_log=False,
             server_header=False,
             backlog=4096,
+            proxy_headers=bool(forwarded),
+            forwarded_allow_ips=forwarded or None,
+            limit_concurrency=_connections(),
             timeout_keep_alive=keep_alive_s,
             timeout_graceful_shutdown=5,
         )
     )
+
+
+def _connections() -> int:
+    """How many there may be: less than this process may open files."""
+    if sys.platform == "win32":
+        return MOST_CONNECTIONS
+    import resource
+
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MOST_CONNECTIONS if allowed == resource.RLIM_INFINITY else max(1, min(MOST_CONNECTIONS, allowed - OTHER_FILES))
 
 
 def _own_routes(made: FastAPI) -> None:
@@ -127,14 +156,20 @@ def _own_routes(made: FastAPI) -> None:
         return Response(status_code=204)
 
     @made.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
-        return HTMLResponse(reference.page(made.openapi()))
+    async def docs(request: Request) -> Response:
+        return HTMLResponse(reference.page(made.openapi(), str(request.base_url)))
 
     @made.get("/healthz", summary="Whether every model has a worker that can draw")
     async def health(request: Request) -> JSONResponse:
-        lines = api.service_of(request).lines
+        service = api.service_of(request)
+        lines = service.lines
         ready = all(line.alive() for line in lines.values())
-        models = {n: {"alive": line.alive(), "waiting": line.depth, "restarts": line.restarts} for n, line in lines.items()}
+        models: dict[str, dict[str, Any]] = {
+            name: {"alive": line.alive(), "waiting": line.depth, "restarts": line.restarts} for name, line in lines.items()
+        }
+        if knows(service.settings, request.headers.get("authorization", "")):  # the reason may name folders
+            for name, line in lines.items():
+                models[name] |= {"broken": line.broken} if line.broken else {}
         return AsciiJSON({"status": "ready" if ready else "starting", "models": models}, 200 if ready else 503)
 
     @made.get("/metrics", summary="Figures for Prometheus", response_class=Response)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import math
 import secrets
 import time
 from collections import OrderedDict
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, features
 
+from fewstep.serve import png
 from fewstep.serve.contract import Ask, Made
 from fewstep.serve.metrics import Figures
 from fewstep.serve.queue import Died, Down, Full, Job, Line, TooLate
@@ -24,6 +26,7 @@ SEEDS = 2**53  # below this JSON carries a seed exactly, also to a browser
 MOST_PROMPT = 4000  # characters
 MOST_BODY = 2**18  # bytes: two prompts of escaped characters, and room
 CLIENTS = 10_000  # whose rates are remembered
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 FORMATS = ("png", "jpeg", "webp") if features.check("webp") else ("png", "jpeg")
 
 
@@ -60,10 +63,14 @@ class Settings:
         for name in ("queue", "batch", "max_n", "kept"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: give 1 or more")
+        for name in ("batch_wait_ms", "timeout_s", "kept_s"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} = {getattr(self, name)}: give a number of finite size")
         if self.timeout_s <= 0 or self.batch_wait_ms < 0 or self.rate < 0 or self.kept_s <= 0:
             raise ValueError("timeout must be above 0; batch_wait_ms and rate 0 or more")
         if self.max_n > self.queue:
-            raise ValueError(f"max_n = {self.max_n} images of a request never fit a queue of {self.queue}: give a longer queue")
+            fix = f"give a longer --queue, or --max-n {self.queue}"
+            raise ValueError(f"max_n = {self.max_n} images of a request never fit a queue of {self.queue}: {fix}")
 
 
 class Refusal(Exception):
@@ -167,8 +174,11 @@ class Service:
         n: int,
         client: str,
         on_step: Callable[[int, int, NDArray[np.uint8]], None] | None = None,
+        previews: int = 0,
     ) -> AsyncIterator[Order]:
         """Let n images join a line: seeds from `ask.seed` upwards. Leaving the context takes them out again.
+
+        `on_step` is told of so many steps before the last as `previews` says.
 
         Raises:
             Refusal: impossible, the line is full, the client asks too often, or no worker runs.
@@ -177,7 +187,7 @@ class Service:
         if n > settings.max_n:
             raise Refusal(400, f"n = {n}: at most {settings.max_n} images a request; ask several times", "invalid_value", "n")
         if ask.seed + n > SEEDS:
-            raise Refusal(400, f"seed = {ask.seed}: give 0 to 2^53 - 1", "invalid_value", "seed")
+            raise Refusal(400, f"seed = {ask.seed}: {_bound(n)}", "invalid_value", "seed")
         try:
             asked, warnings = line.resolve(ask)
             line.room_for(n)
@@ -185,7 +195,7 @@ class Service:
             if wait:
                 message = f"more than {settings.rate} images a minute; try again in {wait:.0f} s"
                 raise Refusal(429, message, "rate_limit_exceeded", retry_after=max(1, round(wait)))
-            jobs = line.put([replace(asked, seed=asked.seed + i) for i in range(n)], on_step)
+            jobs = line.put([replace(asked, seed=asked.seed + i) for i in range(n)], on_step, shown(previews, asked.steps or 1))
         except ValueError as error:
             raise Refusal(400, str(error), "invalid_value", _param(str(error))) from None
         except (Full, Down) as error:
@@ -235,8 +245,20 @@ class Order:
             "size": f"{ask.width}x{ask.height}",
             "network_evaluations": made.nfe,
             "seconds": {part: round(value, 4) for part, value in seconds.items()},
-            "warnings": list(dict.fromkeys((*made.warnings, *self.warnings))),
+            "warnings": list(dict.fromkeys((*self.line.said(made), *self.warnings))),
         }
+
+
+def shown(previews: int, steps: int) -> set[int]:
+    """Which steps, from 1, are shown before the last: so many as asked or as there are, spread evenly."""
+    between = steps - 1
+    count = min(previews, between)
+    return {round((i + 1) * between / count) for i in range(count)}
+
+
+def _bound(n: int) -> str:
+    most = f"2^53 - {n}"
+    return f"give 0 to {most}" if n == 1 else f"those of {n} images count up from it and end at 2^53 - 1; give 0 to {most}"
 
 
 def refusal(error: Exception) -> Refusal:
@@ -281,38 +303,10 @@ def encoded(
     out = io.BytesIO()
     picture = Image.fromarray(image)
     if output_format == "png":
-        picture.save(out, "PNG", pnginfo=_chunks(told) if told else None)
+        picture.save(out, "PNG", pnginfo=png.chunks_of_api(told) if told else None)
     else:
         picture.save(out, output_format.upper(), quality=90 if quality is None else quality)
     return out.getvalue()
-
-
-def _chunks(told: Mapping[str, Any]) -> Any:
-    """Our JSON, and the line that tools around A1111 read."""
-    import json
-
-    from PIL.PngImagePlugin import PngInfo
-
-    chunks = PngInfo()
-    chunks.add_itxt("parameters", a1111_line(told))
-    chunks.add_itxt("fewstep", json.dumps(told))
-    return chunks
-
-
-def a1111_line(told: Mapping[str, Any]) -> str:
-    """Parameters as A1111 writes them; line ends of prompts become spaces, so that none passes for another field."""
-    prompt, against = (" ".join(str(told[name]).split()) for name in ("prompt", "negative_prompt"))
-    negative = f"\nNegative prompt: {against}" if against else ""
-    facts = {
-        "Steps": told["num_inference_steps"],
-        "Sampler": "Euler",
-        "CFG scale": told["guidance_scale"],
-        "Seed": told["seed"],
-        "Size": told["size"],
-        "Model hash": str(told["weights"])[:10],
-        "Model": told["model"],
-    }
-    return f"{prompt}{negative}\n" + ", ".join(f"{key}: {value}" for key, value in facts.items())
 
 
 def _param(message: str) -> str | None:

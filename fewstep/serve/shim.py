@@ -21,14 +21,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fewstep.serve.api import LEFT, client_of, service_of
 from fewstep.serve.contract import Ask
+from fewstep.serve.png import a1111_line
 from fewstep.serve.queue import Line
-from fewstep.serve.service import MOST_PROMPT, SEEDS, Refusal, Service, a1111_line, encoded, made_unless_left
+from fewstep.serve.service import MOST_PROMPT, SEEDS, Refusal, Service, encoded, made_unless_left
 
 router = APIRouter(prefix="/sdapi/v1")
-SAMPLER = "Euler"
+SAMPLER, CLIP_SKIP = "Euler", "CLIP_stop_at_last_layers"
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "styles": ([],),
-    "subseed": (-1,),
     "subseed_strength": (0,),
     "seed_resize_from_h": (-1, 0),
     "seed_resize_from_w": (-1, 0),
@@ -40,19 +40,27 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "alwayson_scripts": ({},),
     "refiner_checkpoint": ("", "None"),
     "s_churn": (0,),
-    "s_noise": (1,),
+    "s_noise": (0, 1),  # of s_churn, which there is none of
     "s_tmin": (0,),
     "s_tmax": (0,),
     "s_min_uncond": (0,),
     "eta": (0, 1),
-    "denoising_strength": (0, 0.7, 0.75),  # of the second pass, which there is none of
-    "save_images": (False,),
+    "save_images": (True, False),
+    "infotext": ("",),
     "do_not_save_samples": (True, False),
     "do_not_save_grid": (True, False),
     "override_settings_restore_afterwards": (True, False),
     "send_images": (True,),
 }
-OPTIONS: dict[str, Any] = {"samples_format": "png", "sd_vae": "Automatic", "CLIP_stop_at_last_layers": 1}
+WITHOUT_EFFECT = {  # here, whatever they say: of the second pass, of variation seeds, of networks in prompts, of other programs
+    "denoising_strength",
+    "subseed",
+    "disable_extra_networks",
+    "comments",
+    "force_task_id",
+    "clip_skip",
+}
+OPTIONS: dict[str, Any] = {"samples_format": "png", "sd_vae": "Automatic", CLIP_SKIP: 1}
 SECOND_PASS = ("hr_", "firstphase_", "firstpass_", "refiner_switch_at", "hires_")  # without effect while it is off
 
 
@@ -79,9 +87,10 @@ class Txt2Img(BaseModel):
 @router.post("/txt2img", summary="Draw images (A1111)", response_model=None)
 async def txt2img(asked: Txt2Img, request: Request) -> dict[str, Any] | Response:
     """Draw images; warnings stand in `info`."""
-    _neutral(asked.model_extra or {})
+    given, override = asked.model_extra or {}, asked.override_settings or {}
+    _neutral(given)
     service = service_of(request)
-    line = _line(service, request, asked.override_settings or {})
+    line = _line(service, request, override)
     if not asked.prompt.strip():
         raise Refusal(400, "prompt is empty: say what the image shows", "invalid_value", "prompt")
     n = (asked.batch_size or 1) * (asked.n_iter or 1)
@@ -95,6 +104,7 @@ async def txt2img(asked: Txt2Img, request: Request) -> dict[str, Any] | Response
         height=asked.height,
     )
     ask, warned = _by_contract(line, ask)
+    warned += _unhonoured(given, override)
     for name in ("sampler_name", "sampler_index", "scheduler"):
         value = getattr(asked, name)
         if value and value.lower() not in (SAMPLER.lower(), "automatic"):
@@ -112,11 +122,23 @@ async def txt2img(asked: Txt2Img, request: Request) -> dict[str, Any] | Response
 
 def _neutral(given: dict[str, Any]) -> None:
     for name, value in given.items():
-        known = name in NEUTRAL or name.startswith(SECOND_PASS)
+        known = name in NEUTRAL or name in WITHOUT_EFFECT or name.startswith(SECOND_PASS)
         if not known:
             raise Refusal(400, f"unknown field {name[:80]!r}: leave it out", "unknown_field", name[:80])
         if name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
             raise Refusal(400, f"{name} cannot be honoured here: leave it out", "unsupported", name)
+
+
+def _unhonoured(given: dict[str, Any], override: dict[str, Any]) -> list[str]:
+    """Warnings for what clients send in every form, and this server does not do."""
+    warned = []
+    if given.get("save_images"):
+        warned.append("save_images has no effect: the server keeps no images")
+    skips = {"clip_skip": given.get("clip_skip"), CLIP_SKIP: override.get(CLIP_SKIP)}
+    for name, value in skips.items():
+        if value not in (None, 0, 1):
+            warned.append(f"{name} = {value!r:.40} has no effect: text encoders are read as the model was trained")
+    return warned
 
 
 def _by_contract(line: Line, ask: Ask) -> tuple[Ask, list[str]]:
@@ -136,7 +158,7 @@ def _by_contract(line: Line, ask: Ask) -> tuple[Ask, list[str]]:
 def _line(service: Service, request: Request, override: dict[str, Any]) -> Line:
     """The model that a request names, or that was chosen by POST /options."""
     for name, value in override.items():
-        if name != "sd_model_checkpoint" and (name, value) not in OPTIONS.items():
+        if name not in ("sd_model_checkpoint", CLIP_SKIP) and (name, value) not in OPTIONS.items():
             message = f"override_settings.{name[:80]} cannot be honoured here: leave it out"
             raise Refusal(400, message, "unsupported", "override_settings")
     chosen = override.get("sd_model_checkpoint") or request.app.state.chosen

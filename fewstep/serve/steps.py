@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from fewstep.serve import fast, opening
 from fewstep.serve.text import Recent
 
 KNOWN = 2**28  # bytes of what is known of prompts
+TIMES = 64  # steps up to which what is known of a prompt is kept: longer grids are computed in parts of so many, and let go
 
 
 class Plain:
@@ -28,15 +29,43 @@ class Plain:
         return self._velocities[step](x, torch.full((len(x),), self._grid[step]), self._cond)
 
 
-class Turns:
-    """Batches of which each draws steps of its own: those of a split student's branches."""
+class Run(NamedTuple):
+    """Steps one after another that the same denoiser makes: its name, and the times at which they start."""
 
-    def __init__(self, batches: Sequence[Any]) -> None:
-        self._batches = batches
+    name: str
+    times: tuple[float, ...]
+
+
+def runs(names: Sequence[str], times: Sequence[float], most: int) -> list[Run]:
+    """Steps as runs of at most so many."""
+    found: list[Run] = []
+    for name, t in zip(names, times, strict=True):
+        if not found or found[-1].name != name or len(found[-1].times) == most:
+            found.append(Run(name, ()))
+        found[-1] = Run(name, (*found[-1].times, t))
+    return found
+
+
+class Turns:
+    """Batches of which each makes a run of steps: those of a split student's branches, or parts of a long grid.
+
+    Args:
+        parts: the runs.
+        make: a run's batch; only that of the step at hand is held.
+    """
+
+    def __init__(self, parts: Sequence[Run], make: Callable[[Run], Any]) -> None:
+        self._places = [(part, own) for part, run in enumerate(parts) for own in range(len(run.times))]
+        self._parts, self._make = parts, make
+        self._held: tuple[int, Any] = (-1, None)
 
     def velocity(self, x: Tensor, step: int) -> Tensor:
         """As `Plain.velocity`."""
-        return self._batches[step].velocity(x, step)  # type: ignore[no-any-return]
+        part, own = self._places[step]
+        if self._held[0] != part:
+            self._held = (-1, None)  # let go of the one before first
+            self._held = (part, self._make(self._parts[part]))
+        return self._held[1].velocity(x, own)  # type: ignore[no-any-return]
 
 
 class Denoiser:
@@ -65,21 +94,21 @@ class Denoiser:
         if not self._fast:
             networks = {name: sd3.velocity(network) for name, network in self._model.networks.items()}
             return Plain([networks[name] for name in names], grid, TextCond.cat([cond for _, cond in prompts]))
-        made = {
-            name: fast.Batch(own, self._know(name, own, prompts, grid), height, width, self._run)
-            for name, own in self._fast.items()
-        }
-        return made[names[0]] if len(made) == 1 else Turns([made[name] for name in names])
+        kept, parts = len(grid) - 1 <= TIMES, runs(names, grid[:-1], TIMES)
 
-    def _know(
-        self, name: str, own: fast.Fast, prompts: Sequence[tuple[str, TextCond]], grid: tuple[float, ...]
-    ) -> list[fast.Known]:
+        def make(run: Run) -> fast.Batch:
+            return fast.Batch(self._fast[run.name], self._know(run, prompts, kept), height, width, self._run)
+
+        return make(parts[0]) if len(parts) == 1 else Turns(parts, make)
+
+    def _know(self, run: Run, prompts: Sequence[tuple[str, TextCond]], kept: bool) -> list[fast.Known]:
         """What is known of prompts, in their order; of those that are new, computed together."""
-        found = {words: self._known.get((name, words, grid)) for words, _ in prompts}
+        found = {words: self._known.get((run, words)) for words, _ in prompts}
         new = {words: cond for words, cond in prompts if found[words] is None}
         if new:
-            made = fast.know(own, grid[:-1], TextCond.cat(list(new.values())))
+            made = fast.know(self._fast[run.name], run.times, TextCond.cat(list(new.values())))
             for words, one in zip(new, made, strict=True):
                 found[words] = one
-                self._known.put((name, words, grid), one)
+                if kept:
+                    self._known.put((run, words), one)
         return [known for words, _ in prompts if (known := found[words]) is not None]

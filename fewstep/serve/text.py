@@ -50,11 +50,6 @@ class Recent(Generic[Kept]):
             _, oldest = self._held.popitem(last=False)
             self._bytes -= self._size(oldest)
 
-    def clear(self) -> None:
-        """Let go of everything."""
-        self._held.clear()
-        self._bytes = 0
-
     def __len__(self) -> int:
         return len(self._held)
 
@@ -173,13 +168,8 @@ def in_turn(folder: Path, t5_tokens: int, dtype: torch.dtype, encoders: Sequence
     parts = [part for part in sd3.ENCODERS if part not in sd3.unread(encoders)]
 
     def encode(texts: Sequence[str]) -> list[TextCond]:
-        made: list[list[TextCond]] = []
-        for part in parts:  # opened once for all prompts, each of which is then alone
-            pipe = sd3.load(folder, dtype, [other for other in sd3.NETWORKS if other != part])
-            pipe.register_modules(transformer=_shape(folder))
-            made.append([sd3.encode(pipe, [text], t5_tokens) for text in texts])
-            del pipe
-        return [TextCond(_sum(row, "tokens"), _sum(row, "pooled")) for row in zip(*made, strict=True)]
+        found = sd3.encode_in_turn(folder, texts, t5_tokens, dtype, parts, at_once=1)  # alone: the same in any batch
+        return [found[k] for k in range(len(texts))]
 
     return encode
 
@@ -188,19 +178,6 @@ def cut(tokenizers: dict[str, Any], t5_tokens: int, text: str) -> bool:
     """Whether every text encoder cuts a prompt short."""
     limits = {name: t5_tokens if name == "tokenizer_3" else tok.model_max_length for name, tok in tokenizers.items()}
     return bool(limits) and all(len(tokenizers[name](text).input_ids) > most for name, most in limits.items())
-
-
-def _sum(parts: Sequence[TextCond], name: str) -> Tensor:
-    """Each is zero where the others are not."""
-    return torch.stack([getattr(part, name) for part in parts]).sum(0)
-
-
-def _shape(folder: Path) -> Any:
-    """The denoiser without numbers: its configuration says how wide encoders are that are not there."""
-    from diffusers import SD3Transformer2DModel
-
-    with torch.device("meta"):
-        return SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(folder / "transformer"))
 
 
 def _prune(folder: Path, most: int) -> None:

@@ -17,21 +17,23 @@ import signal
 import struct
 import sys
 import threading
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.serve.contract import Ask, Contract, Made
-from fewstep.serve.queue import Died, StepCall, Stopped
+from fewstep.serve.queue import Batch, Died, StepCall, Stopped
 
 LENGTHS = struct.Struct(">IQ")
 OPENER = "fewstep.serve.engine:open_engine"
-FEW = 8  # steps that are not worth looking at to be stopped
+PATHS = ("cache", "teacher", "base")  # arguments of the opener that are paths; JSON has none
 PATIENCE_S = 60.0  # that a batch may go on after all of its clients left; then its worker is taken to hang
 
 
@@ -41,7 +43,13 @@ class Draws(Protocol):
     contract: Contract
 
     def draw(
-        self, asks: Sequence[Ask], on_step: Callable[[int, int, NDArray[np.uint8]], None] | None = None
+        self,
+        asks: Sequence[Ask],
+        on_step: StepCall | None = None,
+        *,
+        stopped: Callable[[], bool] | None = None,
+        watched: Collection[int] | None = None,
+        shown: Collection[int] | None = None,
     ) -> list[Made]:
         """Draw images."""
         ...
@@ -62,18 +70,16 @@ class InProcess:
         """The engine is open already."""
         return self.engine.contract
 
-    async def draw(
-        self, asks: Sequence[Ask], watched: Sequence[int], on_step: StepCall, stop: asyncio.Event
-    ) -> list[Made]:
+    async def draw(self, batch: Batch) -> list[Made]:
         """See `queue.Hand`."""
-        loop = asyncio.get_running_loop()
+        loop, stop = asyncio.get_running_loop(), batch.stop
 
         def tell(step: int, steps: int, images: NDArray[np.uint8]) -> None:
             if not stop.is_set():
-                loop.call_soon_threadsafe(on_step, step, steps, images)
+                loop.call_soon_threadsafe(batch.on_step, step, steps, images)
 
-        drawn = loop.run_in_executor(self._thread, _draw, self.engine, asks, watched, tell, stop.is_set)
-        return await drawn
+        asks, watched, shown = batch.asks, batch.watched, batch.shown
+        return await loop.run_in_executor(self._thread, _draw, self.engine, asks, watched, shown, tell, stop.is_set)
 
     async def gone(self) -> None:
         """Never."""
@@ -85,20 +91,17 @@ class InProcess:
 
 
 def _draw(
-    engine: Draws, asks: Sequence[Ask], watched: Sequence[int], on_step: StepCall, stopped: Callable[[], bool]
+    engine: Draws,
+    asks: Sequence[Ask],
+    watched: Sequence[int],
+    shown: Sequence[int] | None,
+    on_step: StepCall,
+    stopped: Callable[[], bool],
 ) -> list[Made]:
-    """Draw, showing those who watch their steps. Only what is shown can be stopped between steps, so long ways always are."""
-
-    def step(number: int, steps: int, images: NDArray[np.uint8]) -> None:
-        if stopped():
-            raise Stopped
-        on_step(number, steps, images[list(watched)])
-
-    longest = max(ask.steps or 0 for ask in asks)
-
+    """Draw, unless it is stopped; pictures on their way are made only for those who watch, of the steps that are shown."""
     if stopped():
         raise Stopped
-    return engine.draw(asks, step if watched or longest > FEW else None)
+    return engine.draw(asks, on_step, stopped=stopped, watched=watched, shown=shown)
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class Spec:
         source: folder, "bundled" or "teacher".
         arguments: of the opener, such as dtype, device, teacher, cache.
         opener: "module:function" that returns an engine.
-        threads: that it computes with; 0 leaves it to torch.
+        threads: that it computes with; 0 leaves it to OMP_NUM_THREADS or torch.
     """
 
     source: str
@@ -155,7 +158,7 @@ class Process:
             json.dumps(asdict(self.spec)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env={**threads, **os.environ, "PYTHONPATH": places},
+            env={**os.environ, **threads, "PYTHONPATH": places},
         )
         self.pid = self._process.pid
         self._ended = asyncio.Event()
@@ -163,18 +166,17 @@ class Process:
         self._reader = asyncio.create_task(self._read(self._process))
         return await self._ready
 
-    async def draw(
-        self, asks: Sequence[Ask], watched: Sequence[int], on_step: StepCall, stop: asyncio.Event
-    ) -> list[Made]:
+    async def draw(self, batch: Batch) -> list[Made]:
         """See `queue.Hand`. A worker that does not stop when it is told to is killed."""
         if not self.alive():
             raise Died(f"worker {self.pid} has ended")
         number = next(self._numbers)
         made: asyncio.Future[list[Made]] = asyncio.get_running_loop().create_future()
-        self._drawing[number] = made, on_step
-        stopped = asyncio.create_task(stop.wait())
+        self._drawing[number] = made, batch.on_step
+        stopped = asyncio.create_task(batch.stop.wait())
+        order = {"asks": [asdict(ask) for ask in batch.asks], "watched": batch.watched, "shown": batch.shown}
         try:
-            self._send({"do": "draw", "id": number, "asks": [asdict(ask) for ask in asks], "watched": list(watched)})
+            self._send({"do": "draw", "id": number, **order})
             both: set[asyncio.Future[Any]] = {made, stopped}
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if not made.done():
@@ -304,9 +306,15 @@ class _Worker:
     def run(self, spec: Spec) -> None:
         try:
             module, _, function = spec.opener.partition(":")
-            engine: Draws = getattr(importlib.import_module(module), function)(spec.source, **spec.arguments)
+            given = {name: Path(value) if name in PATHS else value for name, value in spec.arguments.items()}
+            engine: Draws = getattr(importlib.import_module(module), function)(spec.source, **given)
         except (ValueError, OSError) as error:
             self.say({"is": "unready", "message": " ".join(str(error).split())})
+            return
+        except Exception as error:  # whatever a library raises on a file that is damaged, or for want of memory
+            traceback.print_exc()
+            told = f"{spec.source} cannot be opened: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            self.say({"is": "unready", "message": told})
             return
         self.say({"is": "ready", "contract": list(engine.contract)})
         while True:
@@ -321,12 +329,10 @@ class _Worker:
 
         try:
             asks = [Ask(**ask) for ask in order["asks"]]
-            made = _draw(engine, asks, order["watched"], step, lambda: number in self.stopped)
+            made = _draw(engine, asks, order["watched"], order["shown"], step, lambda: number in self.stopped)
         except Stopped:
             self.say({"is": "stopped", "id": number})
         except Exception as error:  # whatever a library raises: the server answers for it, and this process goes on
-            import traceback
-
             traceback.print_exc()
             self.say({"is": "failed", "id": number, "message": f"{type(error).__name__} in the engine"})
         else:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fewstep.evaluate import statistics
 from fewstep.study import ratings
+from fewstep.study.planning import numbered
 from fewstep.study.ratings import Floats
 
 Vote = Mapping[str, Any]
@@ -94,7 +95,7 @@ def agree(votes: Sequence[Vote], draws: int = DRAWS, seed: int = 0) -> dict[str,
     items = overlap(votes)
     if not items:
         return {"items": 0, "votes": 0}
-    prompt = ratings.numbered([item[0]["prompt"] for item in items])
+    prompt = numbered([item[0]["prompt"] for item in items])
     nominal = np.array([coincidences([NOMINAL.index(v["choice"]) for v in i], len(NOMINAL)) for i in items])
     ordinal = np.array([coincidences([ORDER[v["choice"]] for v in i], 3) for i in items])
     counts = np.array([np.bincount([NOMINAL.index(v["choice"]) for v in i], minlength=len(NOMINAL)) for i in items])
@@ -189,7 +190,7 @@ def pace(votes: Sequence[Vote]) -> dict[str, float] | None:
 def _share(right: Sequence[bool], of: Sequence[Vote]) -> dict[str, Any] | None:
     if not of:
         return None
-    people, prompts = (ratings.numbered([v[key] for v in of]) for key in ("annotator", "prompt"))
+    people, prompts = (numbered([v[key] for v in of]) for key in ("annotator", "prompt"))
     found = ratings.share(np.array(right, dtype=np.float64), prompts, people)
     return {"share": found.share, "lo": found.lo, "hi": found.hi, "votes": found.votes}
 

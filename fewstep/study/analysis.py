@@ -162,14 +162,14 @@ def question(
     Returns:
         "votes" (that count), "left_out", "prompts", "annotators", "ratings", "pairs", "before" ("ratings" and "pairs" with
         nobody left out; None where nobody is), "side", "davidson", "answers" (how often each), "agreement", "gold",
-        "gold_each", "repeats", "categories", "without_each", "loads", "pace", "notes", "verdicts", "others".
+        "gold_each" (of everybody), "repeats", "categories", "without_each", "loads", "pace", "notes", "verdicts", "others".
     """
     kept = [v for v in votes if v["annotator"] not in gone]
     normal = [v for v in kept if v["kind"] == "normal"]
     everybody = [v for v in votes if v["kind"] == "normal"]
     table = ratings.table(normal, arms)
     main, notes = core(table, anchor, level)
-    people = list(dict.fromkeys(v["annotator"] for v in normal))
+    people, tested = list(dict.fromkeys(v["annotator"] for v in normal)), len(main["pairs"])
     before = core(ratings.table(everybody, arms), anchor, level)[0] if len(everybody) > len(normal) else None
     side, tied = secondary.side(table, anchor, level), secondary.davidson(table, anchor, level)
     return {
@@ -191,8 +191,8 @@ def question(
         "loads": agreement.loads(normal),
         "pace": agreement.pace(normal),
         "notes": notes,
-        "verdicts": verdicts([p for p in main["pairs"] if anchor in (p["a"], p["b"])], main["ratings"], name),
-        "others": [verdict(p, name) for p in main["pairs"] if anchor not in (p["a"], p["b"])],
+        "verdicts": verdicts([p for p in main["pairs"] if anchor in (p["a"], p["b"])], main["ratings"], name, tested),
+        "others": [verdict(p, name, tested) for p in main["pairs"] if anchor not in (p["a"], p["b"])],
     }
 
 
@@ -222,7 +222,7 @@ def core(table: Table, anchor: str, level: float = LEVEL) -> tuple[dict[str, Any
     pairs.sort(key=lambda p: (p["b"] != anchor, order[p["a"]], order[p["b"]]))
     notes = [f"{r.arm} has no rating: {r.note}." for r in found if r.note]
     if covariance is not None and covariance.note:
-        notes.append(f"Intervals rest on votes with {covariance.note}.")
+        notes.append(f"{covariance.note[0].upper()}{covariance.note[1:]}.")
     if covariance is not None and covariance.freedom < 10 and not covariance.note:
         notes.append(f"With {covariance.freedom + 1} prompts or annotators, intervals are rough: give the study more of them.")
     return {"ratings": listed, "pairs": pairs}, notes
@@ -241,17 +241,19 @@ def categories(votes: Sequence[Vote], arms: Sequence[str], anchor: str, level: f
     return out
 
 
-def verdicts(pairs: Sequence[Mapping[str, Any]], listed: Sequence[Mapping[str, Any]], name: str) -> list[dict[str, str]]:
+def verdicts(
+    pairs: Sequence[Mapping[str, Any]], listed: Sequence[Mapping[str, Any]], name: str, tested: int
+) -> list[dict[str, str]]:
     """What the votes say of pairs, then what keeps an arm from a rating; each with "text" and "more"."""
     where = QUESTIONS.get(name, "in " + name)
-    out = [verdict(p, name) for p in pairs]
+    out = [verdict(p, name, tested) for p in pairs]
     if not any(p for p in pairs):
         out = [{"text": f"Nobody has compared another arm with the anchor {where} yet.", "more": ""}]
     return out + [{"text": f"{r['arm']} has no rating {where}: {r['note']}.", "more": ""} for r in listed if r["note"]]
 
 
-def verdict(pair: Mapping[str, Any], name: str) -> dict[str, str]:
-    """One pair: told apart or not at 5 % after Holm's correction ("text"), and what more votes would show ("more")."""
+def verdict(pair: Mapping[str, Any], name: str, tested: int) -> dict[str, str]:
+    """One of `tested` pairs: told apart or not at 5 % after Holm's correction ("text"), what more votes would show ("more")."""
     where, early = QUESTIONS.get(name, "in " + name), "Preliminary: " if pair["votes"] < FEW else ""
     same = pair["holm"] >= 1 - LEVEL
     turn = not same and pair["share"] < 0.5
@@ -263,17 +265,20 @@ def verdict(pair: Mapping[str, Any], name: str) -> dict[str, str]:
         return {"text": f"{early}{first} is preferred to {second} {where}: {told}, ties counted half.", "more": ""}
     text = f"{early}{first} and {second} cannot be told apart {where}: {told} for {first}, ties counted half."
     surprise = "The interval alone leaves 50 % out, but among so many pairs that is no surprise (Holm). "
-    return {"text": text, "more": (("" if lo <= 0.5 <= hi else surprise) + more(pair)).strip()}
+    return {"text": text, "more": (("" if lo <= 0.5 <= hi else surprise) + more(pair, tested)).strip()}
 
 
-def more(pair: Mapping[str, Any]) -> str:
-    """How many more votes would show a smaller difference; empty where likeness of votes is unknown."""
+def more(pair: Mapping[str, Any], tested: int) -> str:
+    """How many more votes would show a smaller difference by the test of the verdict: as one of `tested` pairs.
+
+    Empty where likeness of votes is unknown.
+    """
     if pair["design_effect"] is None:
         return ""
     effect, ties = max(1.0, pair["design_effect"]), min(0.99, pair["ties"])
-    seen = planning.detectable(pair["votes"] / effect, ties=ties)
+    seen = planning.detectable(pair["votes"] / effect, ties=ties, comparisons=tested)
     for aim in AIMS:
-        needed = math.ceil(planning.votes_needed(aim, ties=ties) * effect) - pair["votes"]
+        needed = math.ceil(planning.votes_needed(aim, ties=ties, comparisons=tested) * effect) - pair["votes"]
         if needed > 0:
             shown = f"So many votes show a share of {100 * seen:.0f} % or more; about" if seen < 0.95 else "About"
             return f"{shown} {needed:,} more would be needed to see {100 * aim:.0f} %."

@@ -23,11 +23,12 @@ from typing import Any
 from fewstep.evaluate.benchmark import digest
 from fewstep.study import report, rows
 from fewstep.study.agreement import Vote
+from fewstep.study.tables import IMAGE_ID
 
 FORMAT = 1
 MANIFEST, STUDY, VOTES, TABLE, README = "manifest.json", "study.json", "votes.jsonl", "votes.csv", "README.txt"
 TEXTS = (STUDY, VOTES, TABLE, README, report.PAGE, report.NUMBERS)
-IMAGE = re.compile(r"images/([A-Za-z0-9_-]{1,64})\.png")
+IMAGE = re.compile(rf"images/({IMAGE_ID.pattern})\.png")
 PNG = b"\x89PNG\r\n\x1a\n"
 DATE = (1980, 1, 1, 0, 0, 0)  # the same study gives the same bytes
 MAX_ENTRIES, MAX_IMAGE, MAX_TEXT, MAX_TOTAL = 1_000_000, 2**26, 2**30, 2**36
@@ -64,7 +65,7 @@ def write(path: Path, record: Mapping[str, Any], votes: Sequence[Vote], images: 
         ValueError: an image of the record is missing or not the one that people saw.
     """
     data = report.build(record, votes)
-    page = report.html(data, report.examples(record, votes, images, data["anchor"]))
+    page = report.html(data, report.examples(record, votes, images, data))
     table = [rows.row(v) for v in votes]
     texts = {
         STUDY: json.dumps(record, indent=1, ensure_ascii=False), VOTES: rows.to_jsonl(table), TABLE: rows.to_csv(table),

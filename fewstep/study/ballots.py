@@ -10,13 +10,13 @@ import secrets
 from typing import Any
 
 import sqlalchemy as sql
+from sqlalchemy.dialects import postgresql, sqlite
 
 from fewstep.study import leases, links
 from fewstep.study import tables as t
-from fewstep.study.leases import Now
-from fewstep.study.store import Store, reading, stands
+from fewstep.study.leases import DAY, Now
+from fewstep.study.store import Store, fold, reading, stands
 
-DAY = 86400.0
 MOST_LINKS = 10_000
 
 
@@ -34,16 +34,18 @@ def enrol(store: Store, external: str | None = None, study_ref: str | None = Non
     Returns:
         The annotator's number.
     """
+    known = sql.select(t.annotator.c.id).where(t.annotator.c.external_id == external)
     with store.engine.begin() as connection:
-        if external is not None:
-            known = connection.execute(sql.select(t.annotator.c.id).where(t.annotator.c.external_id == external)).scalar()
-            if known is not None:
-                return int(known)
+        if external is not None and (number := connection.execute(known).scalar()) is not None:
+            return int(number)
         row = {
             "code": secrets.token_hex(6), "external_id": external, "study_ref": study_ref, "session_ref": session_ref,
             "status": "invited", "begun": 0, "created": store.clock(),
         }  # fmt: skip
-        return int(connection.execute(t.annotator.insert().returning(t.annotator.c.id), row).scalar_one())
+        insert = (postgresql if store.engine.dialect.name == "postgresql" else sqlite).insert(t.annotator)
+        once = insert.on_conflict_do_nothing(index_elements=["external_id"])  # of two clicks at once, one comes second
+        made = connection.execute(once.values(row).returning(t.annotator.c.id)).scalar()
+        return int(connection.execute(known).scalar_one() if made is None else made)
 
 
 def personal_links(store: Store, count: int, base: str, days: float, again: int | None = None) -> list[str]:
@@ -52,8 +54,9 @@ def personal_links(store: Store, count: int, base: str, days: float, again: int 
     Raises:
         ValueError: nothing asked for, an address that is none, or no such annotator.
     """
-    if not base.startswith(("http://", "https://")) or days <= 0:
-        raise ValueError("--base must begin with http:// or https://, and --days be above 0")
+    if not base.startswith(("http://", "https://")):
+        raise ValueError(f"--base must begin with http:// or https://, not {base[:80]!r}")
+    links.check_days(days, "--days")
     if again is None and not 1 <= count <= MOST_LINKS:
         raise ValueError(f"say how many links are wanted, 1 to {MOST_LINKS}: fewstep study links FOLDER 20")
     expires = int(store.clock() + days * DAY)
@@ -166,7 +169,10 @@ def undo(store: Store, who: int, vote_id: int) -> Now:
 
 
 def withdraw(store: Store, who: int) -> None:
-    """Delete an annotator's votes, events and identity for good. Their pairs are open again; their link says what was done."""
+    """Delete an annotator's votes, events and identity for good. Their pairs are open again; their link says what was done.
+
+    Nothing that names them is kept, so a recruiting service can send them again, and they are then somebody new.
+    """
     with store.engine.begin() as connection:
         _person(connection, who)
         mine = t.assignment.c.annotator == who
@@ -178,6 +184,7 @@ def withdraw(store: Store, who: int) -> None:
         nobody = {"external_id": None, "study_ref": None, "session_ref": None, "consent_at": None, "status": "withdrawn"}
         connection.execute(t.annotator.update().where(t.annotator.c.id == who).values(**nobody))
         connection.execute(t.event.insert(), {"at": store.clock(), "annotator": None, "kind": "withdrawn", "payload": "{}"})
+    fold(store.engine)  # or SQLite's log would keep it all for a while
 
 
 def progress(store: Store) -> dict[str, Any]:
@@ -225,11 +232,8 @@ def _active(connection: sql.Connection, who: int) -> Any:
 
 
 def _within_cap(connection: sql.Connection, store: Store, who: int) -> None:
-    at = store.clock()
-    midnight = at - at % DAY
-    today = sql.select(sql.func.count()).select_from(t.vote).where(t.vote.c.annotator == who, t.vote.c.at >= midnight)
-    if connection.execute(today).scalar_one() >= store.protocol["daily_cap"]:
-        wait = int(midnight + DAY - at) + 1
+    wait = leases.until_tomorrow(connection, store, who)
+    if wait:
         raise Turned(429, "That was a full day's work, thank you. Please come back tomorrow with the same link.", wait)
 
 

@@ -7,15 +7,13 @@ whole or not at all. The tables are those of `study.rows`, the zip that of `stud
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from fewstep.evaluate.benchmark import digest
+from fewstep.study import analysis
 from fewstep.study import rows as tables
 from fewstep.study.agreement import Vote
 from fewstep.study.rows import EXTERNAL
@@ -41,10 +39,10 @@ def export(folder: Path, out: Path, to: Format | None = None, url: str | None = 
         The file.
 
     Raises:
-        ValueError: no study, an unknown format or one that the file's name contradicts, a missing library, or external ids
-            asked of a format without them.
+        ValueError: no study, an unknown format or one that the file's name contradicts, a missing library, external ids
+            asked of a format without them, or a file that would stand among a study's own.
     """
-    from fewstep.study import archive, store
+    from fewstep.study import archive, folders, store
 
     kind = to or _format(out)
     if out.suffix.lower() in SUFFIXES.values() and _format(out) != kind:
@@ -66,16 +64,11 @@ def export(folder: Path, out: Path, to: Format | None = None, url: str | None = 
         "jsonl": lambda: tables.to_jsonl(rows).encode(),
         "label-studio": lambda: json.dumps(tables.to_label_studio(votes), indent=1, ensure_ascii=False).encode(),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    try:
+    with folders.new_file(out) as partial:
         if kind == "zip":
             archive.write(partial, record, votes, folder / store.IMAGES)
         else:
             partial.write_bytes(writers[kind]())
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
     return out
 
 
@@ -96,30 +89,29 @@ def import_(source: Path, out: Path, title: str | None = None) -> int:
     Raises:
         ValueError: a file that is damaged, hostile or no export, or a folder that is there; nothing is left behind.
     """
-    from fewstep.study import archive, store
+    from fewstep.study import archive, folders, store
 
     if not source.is_file():
         raise ValueError(f"{source} does not exist: give a file that `fewstep study export` wrote")
     kind = _format(source)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already: give another folder")
-    with _folder(out) as partial:
-        record, votes = archive.unpack(source, partial) if kind == "zip" else _read(source, kind, title)
-        if not isinstance(record.get("protocol"), dict) or not isinstance(record.get("title"), str):
-            raise ValueError(f"{source}: the study's record has no protocol or title")
-        if title is not None:
-            record = {**record, "title": title}
-        engine = store.connect(store.sqlite_url(partial / store.DATABASE))
-        try:
-            store.restore(engine, record, votes)
-            with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-                connection.exec_driver_sql("ROLLBACK")
-                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
-        finally:
-            engine.dispose()
-        text = json.dumps({"hash": record["hash"], **record["protocol"]}, indent=1)
-        (partial / store.PROTOCOL).write_text(text, encoding="utf-8")
-        (partial / store.IMAGES).mkdir(exist_ok=True)
+    try:
+        with folders.new_folder(out) as partial:
+            record, votes = archive.unpack(source, partial) if kind == "zip" else _read(source, kind, title)
+            if not isinstance(record.get("protocol"), dict) or not isinstance(record.get("title"), str):
+                raise ValueError("the study's record has no protocol or title")
+            analysis.rules(record["protocol"])  # what a report would refuse
+            if title is not None:
+                record = {**record, "title": title}
+            at = store.sqlite_url(partial / store.DATABASE)
+            store.write(at, lambda engine: store.restore(engine, record, votes))
+            text = json.dumps({"hash": record["hash"], **record["protocol"]}, indent=1)
+            (partial / store.PROTOCOL).write_text(text, encoding="utf-8")
+            (partial / store.IMAGES).mkdir(exist_ok=True)
+    except ValueError as error:
+        told = str(error)
+        raise ValueError(told if str(source) in told or str(out) in told else f"{source}: {told}") from error
+    except RecursionError as error:
+        raise ValueError(f"{source}: the study's record is nested too deeply: it is no export") from error
     return len(votes)
 
 
@@ -194,6 +186,11 @@ def _read(source: Path, kind: Format, title: str | None) -> tuple[dict[str, Any]
             }
             rows = readers[kind](text)
         votes = [tables.vote_of(r, f"row {n}") for n, r in enumerate(completed(rows), 1)]
+        for number, vote in enumerate(votes, 1):
+            if vote["arm_a"] == vote["arm_b"] and vote["kind"] != "gold":
+                raise ValueError(f"row {number}: {vote['arm_a'][:40]!r} against itself is no comparison")
+        if not votes and record is None:
+            raise ValueError("it holds no votes")
         return record if record is not None else record_of(votes, title or source.stem), pseudonymous(votes)
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is no UTF-8 text") from error
@@ -227,24 +224,3 @@ def _format(path: Path) -> Format:
         if path.suffix.lower() == suffix:
             return kind
     raise ValueError(f"{path}: its name must end in {', '.join(SUFFIXES.values())}")
-
-
-@contextmanager
-def _folder(out: Path) -> Iterator[Path]:
-    """A folder that gets its name when everything in it was written.
-
-    Raises:
-        ValueError: what is read is nested so deeply that it cannot be written again.
-    """
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if out.exists():
-            out.rmdir()
-        os.replace(partial, out)
-    except RecursionError as error:
-        raise ValueError("the study's record is nested too deeply: it is no export") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -21,6 +21,7 @@ from fewstep.study.store import Store, stands
 
 AHEAD = 2  # pairs held by one annotator: the one shown, and the next
 CANDIDATES = 128  # open slots looked at; more than are being leased at one moment
+DAY = 86400.0
 GOLD = -1  # contest of gold pairs
 
 
@@ -40,13 +41,14 @@ class Now(NamedTuple):
     """Where an annotator is.
 
     Attributes:
-        stage: "consent", "intro" (of the block `question`), "pair", "done" or "withdrawn".
+        stage: "consent", "intro" (of the block `question`), "pair", "wait" (what is left is before other people just now),
+            "rest" (a day's worth is done), "done" or "withdrawn".
         question: of the block, or "".
         block: number of the block, from 1.
         shown: the pair, at stage "pair".
         seq: number that the next vote is to carry.
         undo: the vote that can be taken back, if any.
-        answered, total: pairs of all blocks.
+        answered, total: pairs of all blocks, as far as any are left.
         code: completion code, at stage "done".
     """
 
@@ -96,19 +98,47 @@ def now(connection: sql.Connection, store: Store, person: Any) -> Now:
         return Now("withdrawn")
     order = design.question_order(store.protocol["design"]["seed"], person.id - 1, store.protocol["questions"])
     if person.status != "active":
-        return Now("consent", total=sum(len(kinds(store, person.id, q)) for q in order))
+        return Now("consent", total=sum(_length(connection, store, person.id, q, []) for q in order))
     seq, undo = 1 + last_seq(connection, person.id), last_vote(connection, person.id)
     mine = connection.execute(sql.select(t.assignment).where(t.assignment.c.annotator == person.id)).all()
     answered = sum(bool(row.done) for row in mine)
-    total = sum(len(kinds(store, person.id, q)) for q in order)
+    total = sum(_length(connection, store, person.id, q, mine) for q in order)
+    told: dict[str, Any] = {"seq": seq, "undo": undo, "answered": answered, "total": total}
+    if answered < total and until_tomorrow(connection, store, person.id):
+        return Now("rest", **told)
     for block, question in enumerate(order, 1):
         pending = _pending(connection, store, person.id, question, mine)
         if pending:
             read = person.begun >= block
             shown = _shown(connection, question, pending) if read else None
-            return Now("pair" if read else "intro", question, block, shown, seq, undo, answered, total)
-    code = links.completion_code(store.secret, person.code)
-    return Now("done", seq=seq, answered=answered, total=answered, code=code)
+            told["total"] = max(total, answered + 1)  # a check can be left when nothing else is
+            return Now("pair" if read else "intro", question, block, shown, **told)
+    if answered < total:
+        return Now("wait", **told)
+    return Now("done", code=links.completion_code(store.secret, person.code), **told)
+
+
+def until_tomorrow(connection: sql.Connection, store: Store, who: int) -> int:
+    """Seconds until an annotator may go on who has answered a day's worth (days are those of UTC); else 0."""
+    at = store.clock()
+    midnight = at - at % DAY
+    today = sql.select(sql.func.count()).select_from(t.vote).where(t.vote.c.annotator == who, t.vote.c.at >= midnight)
+    return int(midnight + DAY - at) + 1 if connection.execute(today).scalar_one() >= store.protocol["daily_cap"] else 0
+
+
+def _length(connection: sql.Connection, store: Store, who: int, question: str, mine: Sequence[Any]) -> int:
+    """Pairs of an annotator's block: those that they have, and of the rest as many as are open or before other people."""
+    a = t.assignment
+    own = [row for row in mine if row.question == question]
+    position = 1 + max((row.position for row in own), default=-1)
+    rest = len(kinds(store, who, question)) - position
+    if rest <= 0:
+        return len(own)
+    seen = {row.pair for row in own if row.kind == "normal"}
+    unanswered = sql.select(a.c.pair).where(a.c.question == question, ~a.c.done, a.c.kind == "normal")
+    # a few more than are wanted, so that those that were seen need not be told to the database
+    found = connection.execute(unanswered.distinct().limit(rest + len(seen))).scalars()
+    return len(own) + min(rest, len(set(found) - seen))
 
 
 def _pending(connection: sql.Connection, store: Store, who: int, question: str, mine: Sequence[Any]) -> list[int]:

@@ -17,6 +17,7 @@ CODE_ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # without letters that look 
 CODE_LENGTH = 10  # of 5 bits: no guessing
 TOKEN = re.compile(r"([0-9a-z]{1,7})\.([0-9a-z]{1,9})\.([A-Za-z0-9_-]{22})")
 MAX_TOKEN = 48  # characters
+MOST_DAYS = 3660  # that a link can hold
 
 
 class Refused(ValueError):
@@ -28,6 +29,12 @@ class Claim(NamedTuple):
 
     annotator: int
     expires: int
+
+
+def check_days(days: float, name: str) -> None:
+    """Raises ValueError, which names the option, where links cannot hold for so many days."""
+    if not 0 < days <= MOST_DAYS:
+        raise ValueError(f"{name} must be above 0 and {MOST_DAYS} at most, not {days}")
 
 
 def mac(secret: bytes, purpose: str, text: str) -> bytes:

@@ -6,10 +6,9 @@ import hashlib
 import io
 import json
 import math
-import os
 import random
-import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from fewstep.engine.log import Progress
 from fewstep.evaluate import image_sets
 from fewstep.evaluate.benchmark import asked_and_sampled, digest
 from fewstep.evaluate.image_sets import ImageSet
-from fewstep.study import design, links, store
+from fewstep.study import design, folders, links, store
 from fewstep.study.tables import QUESTIONS
 
 FORMAT = 1
@@ -31,6 +30,7 @@ VOTES_EACH = 160  # of an annotator, where their number is left to us
 GOLD_POOL = 40  # gold pairs made for each question, where there are as many prompts; an annotator sees none twice
 COARSER = 8  # a degraded image has so many times fewer pixels on a side
 NOISE = 40.0  # and this standard deviation of noise, of 255
+MOST_MINUTES, MOST_VOTES = 7 * 24 * 60, 10**6  # of a lease, and of a person in a day
 MAX_TEXT = 2000  # characters of a title or note
 
 # Written down before anybody votes, applied once, and a report shows what they change; see `analysis.Rules`.
@@ -92,8 +92,8 @@ class Wish:
             raise ValueError("--title is empty")
         if self.annotators is not None and self.annotators < 1:
             raise ValueError(f"--annotators must be 1 or more, not {self.annotators}")
-        if self.lease_minutes <= 0 or self.daily_cap < 1:
-            raise ValueError("--lease-minutes must be above 0 and --daily-cap 1 or more")
+        if not 0 < self.lease_minutes <= MOST_MINUTES or not 1 <= self.daily_cap <= MOST_VOTES:
+            raise ValueError(f"--lease-minutes must be above 0 up to {MOST_MINUTES}, and --daily-cap 1 to {MOST_VOTES}")
 
 
 def make(arms: Sequence[Path], out: Path, wish: Wish, url: str | None = None) -> dict[str, Any]:
@@ -111,8 +111,7 @@ def make(arms: Sequence[Path], out: Path, wish: Wish, url: str | None = None) ->
     Raises:
         ValueError: sets that cannot be compared, a design that does not fit them, or a folder that is there already.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already: give another folder, or delete it if nobody has voted in it")
+    folders.free(out)
     sets = _read(arms)
     benchmark = sets[0].benchmark
     rng = random.Random(f"{wish.seed}:design")
@@ -121,11 +120,16 @@ def make(arms: Sequence[Path], out: Path, wish: Wish, url: str | None = None) ->
     items = design.items(chosen, len(contests))
     slots = {question: design.slots(items, wish.overlap, rng) for question in QUESTIONS}
     protocol = _protocol(sets, wish, len(items), [len(s) for s in slots.values()], len(contests))
+    people = protocol["design"]["annotators"]
+    several = max(count for own in slots.values() for count in Counter(s.item for s in own).values())
+    if people < several:
+        raise ValueError(
+            f"--annotators {people}: some pairs are to be judged by {several} people, and nobody judges one twice: give "
+            f"--annotators {several} or more, or --overlap 0 and image sets with an even number of seeds"
+        )
 
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / store.IMAGES).mkdir(parents=True)
-    try:
+    with folders.new_folder(out) as partial:
+        (partial / store.IMAGES).mkdir()
         images, golds = _pictures(partial / store.IMAGES, sets, chosen, store.new_secret(partial), protocol, rng)
         record = _record(sets, protocol, items, images, golds)
         rows = [
@@ -135,10 +139,7 @@ def make(arms: Sequence[Path], out: Path, wish: Wish, url: str | None = None) ->
         ]  # fmt: skip
         text = json.dumps({"hash": digest(protocol), **protocol}, indent=1)
         (partial / store.PROTOCOL).write_text(text, encoding="utf-8")
-        _settle(partial, out, record, rows, url)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        store.write(url or store.sqlite_url(partial / store.DATABASE), lambda engine: store.create(engine, record, rows))
     return protocol
 
 
@@ -168,22 +169,6 @@ def _record(
         "prompts": [{"prompt": p, "text": e.text, "category": e.category, "facts": dict(e.facts)} for p, e in entries],
         "images": images, "pairs": pairs,
     }  # fmt: skip
-
-
-def _settle(partial: Path, out: Path, record: dict[str, Any], rows: Sequence[dict[str, Any]], url: str | None) -> None:
-    """Write the database and give the folder its name."""
-    engine = store.connect(url or store.sqlite_url(partial / store.DATABASE))
-    try:
-        store.create(engine, record, rows)
-        if url is None:  # one file from here on, without the log beside it
-            with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-                connection.exec_driver_sql("ROLLBACK")
-                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
-    finally:
-        engine.dispose()
-    if out.exists():
-        out.rmdir()
-    os.replace(partial, out)
 
 
 def _read(arms: Sequence[Path]) -> list[ImageSet]:

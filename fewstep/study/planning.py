@@ -65,16 +65,20 @@ def votes_needed(
     return math.ceil(z**2 * 0.25 * (1 - ties) / (win_rate - 0.5) ** 2 - 1e-9)
 
 
-def detectable(votes: float, power: float = POWER, level: float = LEVEL, ties: float = 0.0) -> float:
+def detectable(
+    votes: float, power: float = POWER, level: float = LEVEL, ties: float = 0.0, comparisons: int = 1
+) -> float:
     """Smallest win rate above a half that so many independent votes can show; 1 or more means none.
 
+    Arguments as in `votes_needed`, whose inverse it is.
+
     Raises:
-        ValueError: no votes.
+        ValueError: no votes, or no comparison.
     """
     _check(power=power, level=level)
-    if votes <= 0:
-        raise ValueError("no votes show nothing: give a number above 0")
-    return 0.5 + (_z(1 - level / 2) + _z(power)) * math.sqrt(0.25 * (1 - ties) / votes)
+    if votes <= 0 or comparisons < 1:
+        raise ValueError(f"votes must be above 0 and comparisons 1 or more, not {votes} and {comparisons}")
+    return 0.5 + (_z(1 - level / comparisons / 2) + _z(power)) * math.sqrt(0.25 * (1 - ties) / votes)
 
 
 def half_width(votes: float, arms: int, level: float = LEVEL, ties: float = 0.0) -> float:
@@ -121,10 +125,10 @@ def likeness(votes: Sequence[Mapping[str, Any]]) -> Likeness:
     flip = [v["arm_a"] > v["arm_b"] for v in kept]
     score = np.array([{"a": 1.0, "b": 0.0}.get(v["choice"], 0.5) for v in kept])
     score = np.where(flip, 1 - score, score)
-    pair = _codes([tuple(sorted((v["arm_a"], v["arm_b"]))) for v in kept])
+    pair = numbered([tuple(sorted((v["arm_a"], v["arm_b"]))) for v in kept])
     score = score - (np.bincount(pair, score) / np.bincount(pair))[pair]
-    prompt = _codes([(int(p), v["prompt"]) for p, v in zip(pair, kept, strict=True)])
-    annotator = _codes([(int(p), v["annotator"]) for p, v in zip(pair, kept, strict=True)])
+    prompt = numbered([(int(p), v["prompt"]) for p, v in zip(pair, kept, strict=True)])
+    annotator = numbered([(int(p), v["annotator"]) for p, v in zip(pair, kept, strict=True)])
     if prompt.max() + 1 == len(kept) and annotator.max() + 1 == len(kept):
         raise ValueError("no two of the pilot's votes share a prompt or an annotator: give a design effect, such as 2")
     return Likeness(
@@ -134,6 +138,8 @@ def likeness(votes: Sequence[Mapping[str, Any]]) -> Likeness:
 
 def intraclass(values: ArrayLike, cluster: NDArray[np.int64]) -> float:
     """Intra-class correlation by one-way analysis of variance, held to 0 to 1.
+
+    `evaluate.planning.intra_prompt_correlation` is the same for clusters of one size, which votes do not have.
 
     Args:
         values: (N,).
@@ -173,7 +179,7 @@ def describe(
     overlap: float = 0.15,
     power: float = POWER,
     level: float = LEVEL,
-    comparisons: int = 1,
+    comparisons: int | None = None,
 ) -> dict[str, Any]:
     """A study's size and cost.
 
@@ -191,7 +197,7 @@ def describe(
         overlap: share of items that get three votes, so that agreement can be measured.
         power: chance of seeing the difference.
         level: two-sided.
-        comparisons: pairs that are tested together.
+        comparisons: pairs that are tested together; by default all, as a report does it (Holm's correction begins there).
 
     Returns:
         JSON-ready: what was asked for, and "pairs", "independent_votes", "votes_per_pair", "items_per_pair" (prompts × seeds),
@@ -209,9 +215,11 @@ def describe(
             raise ValueError(f"{name} must be {least} or more, not {value}")
     if design_effect < 1 or not math.isfinite(design_effect):
         raise ValueError(f"a design effect must be 1 or more, not {design_effect}")
-    if seconds_per_vote <= 0 or pay_per_hour < 0 or not 0 <= checks < 1 or not 0 <= overlap <= 1:
-        raise ValueError("seconds_per_vote must be above 0, pay_per_hour 0 or more, checks 0 to below 1, overlap 0 to 1")
+    _check_effort(seconds_per_vote, pay_per_hour)
+    if not 0 <= checks < 1 or not 0 <= overlap <= 1:
+        raise ValueError(f"checks must be 0 to below 1 and overlap 0 to 1, not {checks} and {overlap}")
     pairs = arms * (arms - 1) // 2
+    comparisons = pairs if comparisons is None else comparisons
     alone = votes_needed(win_rate, power, level, ties, comparisons)
     each = math.ceil(alone * design_effect - 1e-9)
     prompts = math.ceil(each / (1 + 2 * overlap) / seeds)
@@ -240,7 +248,7 @@ def show(plan: Mapping[str, Any]) -> str:
     """A plan of `describe` in words."""
     p = plan
     other = ", ".join(f"{100 * float(rate):g} %: {votes:,}" for rate, votes in p["win_rates"].items())
-    tested = f", {p['comparisons']} pairs tested together" if p["comparisons"] > 1 else ""
+    tested = f", corrected for {p['comparisons']} pairs tested together" if p["comparisons"] > 1 else ""
     lines = [
         f"To see a win rate of {100 * p['win_rate']:g} % ({100 * p['power']:g} % power, level {p['level']:g}{tested}), "
         f"a pair needs {p['independent_votes']:,} independent votes.",
@@ -262,12 +270,53 @@ def show(plan: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def promised(
+    design: Mapping[str, Any],
+    effect: float = DESIGN_EFFECT,
+    seconds_per_vote: float = 8.0,
+    pay_per_hour: float = 12.0,
+) -> str:
+    """What a made study can show, and what it costs, in words.
+
+    Args:
+        design: of the study's protocol.
+        effect: design effect, votes worth one independent vote.
+        seconds_per_vote: of an annotator's time.
+        pay_per_hour: in any currency.
+
+    Raises:
+        ValueError: a number out of its range; says which.
+    """
+    if effect < 1 or not math.isfinite(effect):
+        raise ValueError(f"a design effect must be 1 or more, not {effect}")
+    _check_effort(seconds_per_vote, pay_per_hour)
+    pairs, slots = design["contests"], design["slots"]
+    each = min(slots.values()) // pairs
+    seen = detectable(each / effect, comparisons=pairs)
+    votes = math.ceil(sum(slots.values()) / (1 - design["gold"] - design["repeat"]) - 1e-9)
+    hours = votes * seconds_per_vote / 3600
+    shown = f"a win rate of {100 * seen:.1f} % or more" if seen < 0.995 else "no win rate, however large: ask more of each pair"
+    together = f", corrected for {pairs} pairs" if pairs > 1 else ""
+    return (
+        f"{each:,} votes a pair and question show {shown} ({100 * POWER:g} % power, level {LEVEL:g}{together}, "
+        f"design effect {effect:.2g}).\n"
+        f"{votes:,} votes with checks take {hours:,.1f} hours at {seconds_per_vote:g} s each, {hours * pay_per_hour:,.0f} at "
+        f"{pay_per_hour:g} an hour."
+    )
+
+
+def _check_effort(seconds_per_vote: float, pay_per_hour: float) -> None:
+    if not (0 < seconds_per_vote < math.inf and 0 <= pay_per_hour < math.inf):
+        told = f"{seconds_per_vote} and {pay_per_hour}"
+        raise ValueError(f"seconds_per_vote must be above 0 and pay_per_hour 0 or more, both finite, not {told}")
+
+
 def _word(noun: str, count: int) -> str:
     return noun if count == 1 else noun + "s"
 
 
-def _codes(keys: Sequence[Any]) -> NDArray[np.int64]:
-    """Numbers of equal keys, 0 and up, in order of appearance."""
+def numbered(keys: Sequence[Any]) -> NDArray[np.int64]:
+    """Numbers of equal keys, 0 and up, in order of appearance, (N,)."""
     known = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     return np.array([known[key] for key in keys], dtype=np.int64)
 

@@ -9,7 +9,7 @@ covers about three quarters where it claims 95 %.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from scipy import special, stats
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
-from fewstep.study.planning import ELO
+from fewstep.study.planning import ELO, numbered
 
 ANCHORED = 1000.0  # rating of the anchor
 LEVEL = 0.95
@@ -67,7 +67,7 @@ class Covariance(NamedTuple):
         floors: one-way matrices that no variance may fall below; empty where `both` needed no repair.
         plain: as if votes were independent.
         freedom: degrees of freedom of its t quantiles.
-        note: what it leaves out, where it had to; else empty.
+        note: what it leaves out, where it had to, as the beginning of a sentence; else empty.
     """
 
     both: Floats
@@ -162,25 +162,44 @@ def logit(x: Floats, y: Floats, weight: Floats | None = None) -> tuple[Floats, F
         ValueError: no finite maximum: some direction is never contradicted.
     """
     w = np.ones(len(y)) if weight is None else weight
-    beta = np.zeros(x.shape[1])
-    value = -math.log(2) * float(w.sum())
+
+    def at(beta: Floats) -> tuple[float, Floats, Floats]:
+        eta = x @ beta
+        p = special.expit(eta)
+        value = float((w * (y * special.log_expit(eta) + (1 - y) * special.log_expit(-eta))).sum())
+        return value, x.T @ (w * (y - p)), x.T @ (x * (w * p * (1 - p))[:, None])
+
+    beta = maximum(at, x.shape[1], float(w.sum()))
+    if beta is None:
+        raise ValueError("the votes fix no finite value: one side is never contradicted")
+    return beta, at(beta)[2]
+
+
+def maximum(at: Callable[[Floats], tuple[float, Floats, Floats]], size: int, count: float) -> Floats | None:
+    """Where a concave log likelihood is largest, (K,), by Newton's method; None where no finite coefficients are the best.
+
+    Args:
+        at: value, gradient (K,) and information (K, K) at some coefficients (K,), in logits.
+        size: K.
+        count: votes, for the precision.
+    """
+    beta = np.zeros(size)
+    value, gradient, information = at(beta)
     for _ in range(STEPS):
-        p = special.expit(x @ beta)
-        information = x.T @ (x * (w * p * (1 - p))[:, None])
-        gradient = x.T @ (w * (y - p))
         try:
             step = np.linalg.solve(information, gradient)
         except np.linalg.LinAlgError:
-            break
-        if float(gradient @ step) < 1e-18 * max(1.0, float(w.sum())):
-            return beta, information
-        size = 1.0
-        while (new := _likelihood(x, y, w, beta + size * step)) < value - 1e-9 and size > 1e-6:
-            size /= 2
-        beta, value = beta + size * step, new
+            return None
+        if float(gradient @ step) < 1e-18 * max(1.0, count):
+            return beta
+        length = 1.0
+        while (new := at(beta + length * step))[0] < value - 1e-9 and length > 1e-6:
+            length /= 2
+        beta = beta + length * step
+        value, gradient, information = new
         if np.abs(beta).max() > 30:  # a factor of e^30 in odds: no number of votes fixes that
-            break
-    raise ValueError("the votes fix no finite value: one side is never contradicted")
+            return None
+    return None
 
 
 def two_way(scores: Floats, information: Floats, prompt: Ints, annotator: Ints) -> Covariance:
@@ -203,12 +222,13 @@ def two_way(scores: Floats, information: Floats, prompt: Ints, annotator: Ints) 
     usable = [name for name in kinds if sizes[name] > 1]
     plain = _sandwich(scores, bread, np.arange(count))
     if not usable:
-        return Covariance(plain, (), plain, max(1, count - size), "one prompt and one annotator: it speaks of them alone")
+        alone = "there is one prompt and one annotator: intervals speak of them alone"
+        return Covariance(plain, (), plain, max(1, count - size), alone)
     ways = [_sandwich(scores, bread, kinds[name]) for name in usable]
     freedom = min(sizes[name] for name in usable) - 1
     if len(ways) == 1:
-        alone = "annotator: it says nothing of other people" if usable == ["prompt"] else "prompt: it says nothing of others"
-        return Covariance(ways[0], (), plain, freedom, f"there is one {alone}")
+        single = "annotator: intervals say nothing of others" if usable == ["prompt"] else "prompt: they say nothing of others"
+        return Covariance(ways[0], (), plain, freedom, f"there is one {single}")
     both: Floats = ways[0] + ways[1] - _sandwich(scores, bread, cells)
     values, vectors = np.linalg.eigh((both + both.T) / 2)
     repaired = bool(values.min() <= 1e-12 * max(values.max(), 0.0))
@@ -221,8 +241,7 @@ def wins(votes: Table) -> Floats:
     size = len(votes.arms)
     forward = np.bincount(votes.first * size + votes.second, votes.score, size * size)
     back = np.bincount(votes.second * size + votes.first, 1 - votes.score, size * size)
-    out: Floats = (forward + back).astype(np.float64).reshape(size, size)
-    return out
+    return np.asarray(forward + back, dtype=np.float64).reshape(size, size)
 
 
 def rated(matrix: Floats, anchor: int) -> tuple[list[int], dict[int, str]]:
@@ -368,23 +387,12 @@ def _sandwich(scores: Floats, bread: Floats, cluster: Ints) -> Floats:
     return out
 
 
-def _likelihood(x: Floats, y: Floats, w: Floats, beta: Floats) -> float:
-    eta = x @ beta
-    return float((w * (y * special.log_expit(eta) + (1 - y) * special.log_expit(-eta))).sum())
-
-
 def _reaches(links: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """(A, A): whether wins lead from the row's arm to the column's."""
     reach = links.copy()
     for k in range(len(links)):
         reach |= reach[:, k : k + 1] & reach[k : k + 1]
     return reach
-
-
-def numbered(keys: Sequence[Any]) -> Ints:
-    """Numbers of equal keys, 0 and up, in order of appearance, (N,)."""
-    known = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-    return np.array([known[key] for key in keys], dtype=np.int64)
 
 
 def _numbered_pairs(one: Ints, other: Ints) -> Ints:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image, UnidentifiedImageError
 
 from fewstep.report import page
 from fewstep.report.numbers import environment
 from fewstep.study import agreement, analysis
 from fewstep.study.agreement import Vote
+from fewstep.study.tables import IMAGE_ID
 
 PAGE, NUMBERS = "report.html", "report.json"
 TITLES = {"quality": "Image quality", "adherence": "Prompt adherence"}
@@ -22,6 +22,8 @@ ASKED = {
     "quality": "Which image is better? The prompt was hidden.",
     "adherence": "Which image shows better what the prompt asks for? The prompt was shown.",
 }
+# Rows of the list that only whoever asked the people can fill, where votes came as a table from elsewhere.
+ELSEWHERE = ("Images", "Image size", "Criteria", "Method", "Sides", "Exclusion", "Privacy")
 EXAMPLES, SIDE = 6, 320  # pairs shown, and pixels of their images' side
 MOST_PIXELS = 4096 * 4096
 HOW = (
@@ -61,7 +63,7 @@ def write(folder: Path, anchor: str | None = None, url: str | None = None) -> Pa
     finally:
         study.engine.dispose()
     data = build(record, votes, anchor)
-    return page.write_files(folder, data, html(data, examples(record, votes, folder / store.IMAGES, data["anchor"])))
+    return page.write_files(folder, data, html(data, examples(record, votes, folder / store.IMAGES, data)))
 
 
 def build(record: Mapping[str, Any], votes: Sequence[Vote], anchor: str | None = None) -> dict[str, Any]:
@@ -73,16 +75,19 @@ def build(record: Mapping[str, Any], votes: Sequence[Vote], anchor: str | None =
         anchor: see `write`.
 
     Returns:
-        What `analysis.analyse` returns, and "title", "hash", "protocol", "arms_sampled", "people", "loads", "counts",
-        "checklist", "how", "environment".
+        What `analysis.analyse` returns, and "title", "hash", "protocol", "arms_sampled", "people" (those left out too),
+        "loads", "counts" (of what counts; "people_left_out" and "votes_left_out" of what does not), "checklist", "how",
+        "environment".
     """
     protocol = record["protocol"]
     names = [a["name"] for a in record["arms"]]
     told = protocol.get("anchor")
     found = analysis.analyse(votes, names, anchor or (told if told in names else None), analysis.rules(protocol))
-    counts = {kind: sum(v["kind"] == kind for v in votes) for kind in ("normal", "gold", "repeat")}
+    counted = kept(votes, found)
+    counts = {kind: sum(v["kind"] == kind for v in counted) for kind in ("normal", "gold", "repeat")}
     counts |= {"prompts": len(record["prompts"]), "images": sum(not i["degraded"] for i in record["images"])}
-    counts |= {"annotators": len({v["annotator"] for v in votes}), "items": len({v["pair_id"] for v in votes})}
+    counts |= {"annotators": len({v["annotator"] for v in counted}), "items": len({v["pair_id"] for v in counted})}
+    counts |= {"people_left_out": len(found["excluded"]), "votes_left_out": len(votes) - len(counted)}
     data = {
         **found,
         "title": record["title"],
@@ -90,12 +95,18 @@ def build(record: Mapping[str, Any], votes: Sequence[Vote], anchor: str | None =
         "protocol": protocol,
         "arms_sampled": [{"name": a["name"], **sampled(a["sampling"])} for a in record["arms"]],
         "people": analysis.people(votes),
-        "loads": agreement.loads([v for v in votes if v["kind"] == "normal"]),
+        "loads": agreement.loads([v for v in counted if v["kind"] == "normal"]),
         "counts": counts,
-        "how": list(HOW),
+        "how": list(HOW[:-1] if protocol.get("imported") is True else HOW),
         "environment": environment(),
     }
-    return data | {"checklist": checklist(record, votes, data)}
+    return data | {"checklist": checklist(record, counted, data)}
+
+
+def kept(votes: Sequence[Vote], found: Mapping[str, Any]) -> list[Vote]:
+    """Votes of those whom the rules leave in; `found` is what `analysis.analyse` or `build` returned."""
+    gone = {e["annotator"] for e in found["excluded"]}
+    return [v for v in votes if v["annotator"] not in gone]
 
 
 def sampled(record: Any) -> dict[str, str]:
@@ -116,8 +127,14 @@ def sampled(record: Any) -> dict[str, str]:
 def checklist(record: Mapping[str, Any], votes: Sequence[Vote], data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What a report of human evaluation should tell (after Otani and others 2023), filled from the study's own records.
 
+    Args:
+        record: of the study.
+        votes: those that count.
+        data: of `build`.
+
     Returns:
-        Rows "item", "told", "known"; what no record holds is to be written by the evaluator, and `known` is then false.
+        Rows "item", "told", "known"; what no record holds is to be written by the evaluator, and `known` is then false. Of
+        votes that came from elsewhere as a table, the record holds neither how people were asked nor who was left out before.
     """
     protocol, counts, parts = record["protocol"], data["counts"], data["questions"]
     planned, benchmark = _mapping(protocol.get("design")), _mapping(protocol.get("benchmark"))
@@ -134,37 +151,44 @@ def checklist(record: Mapping[str, Any], votes: Sequence[Vote], data: Mapping[st
         ("Criteria", " ".join(f"{TITLES.get(q, q)}: {ASKED.get(q, q)}" for q in parts)),
         ("Method", "blind side by side; left, right, tie, both bad"),
         ("Sides", ("balanced within each pair of arms and prompt; " if planned else "") + "pull of the left side estimated"),
-        ("Annotators", f"{counts['annotators']}"),
+        ("Annotators", f"{counts['annotators']} counted, {counts['people_left_out']} left out"),
         ("Recruitment and qualification", str(protocol.get("recruitment", ""))),
         ("Pay", str(protocol.get("pay", ""))),
         ("Contact", str(protocol.get("contact", ""))),
-        ("Votes", f"{counts['normal']:,}, and {counts['gold']:,} on gold and {counts['repeat']:,} on repeated pairs"),
+        ("Votes", f"{counts['normal']:,}, and {counts['gold']:,} on gold and {counts['repeat']:,} on repeated pairs; "
+         f"{counts['votes_left_out']:,} left out"),
         ("Votes an item", _overlapping(votes, planned)),
         ("Time a vote", f"median {pace['median']:.1f} s" if pace else ""),
         ("Agreement", "; ".join(f"{q}: alpha {a:.2f}" for q, a in alphas.items() if a is not None) or "no overlapping votes"),
-        ("Exclusion", f"rules of the protocol ({rules}); {len(data['excluded'])} of {counts['annotators']} people left out"),
+        ("Exclusion", f"rules of the protocol ({rules}); {counts['people_left_out']} people left out"),
         ("Test", "t test of each share with two-way clustered variance, Holm's correction, 5 %"),
         ("Privacy", "votes carry pseudonyms, no names and no addresses"),
         ("Data", "fewstep study export writes votes, protocol and images for others to analyse again"),
     ]
-    return [{"item": item, "told": told or "not stated: write it down", "known": bool(told)} for item, told in rows]
+    unknown: tuple[str, ...] = ELSEWHERE if protocol.get("imported") is True else ()
+    if unknown and counts["annotators"] == 1:  # a table without annotators is read as one person's
+        unknown = (*unknown, "Annotators")
+    told = {item: "" if item in unknown else text for item, text in rows}
+    return [{"item": item, "told": text or "not stated: write it down", "known": bool(text)} for item, text in told.items()]
 
 
-def examples(record: Mapping[str, Any], votes: Sequence[Vote], images: Path, anchor: str) -> list[dict[str, Any]]:
-    """Pairs with the anchor that got most votes, clear ones and split ones in turn, with their pictures.
+def examples(
+    record: Mapping[str, Any], votes: Sequence[Vote], images: Path, data: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Pairs with the anchor that got most of the votes that count, clear ones and split ones in turn, with their pictures.
 
     Args:
         record, votes: of the study.
         images: folder of its images, ID.png.
-        anchor: arm on the left side of each pair shown.
+        data: of `build`; its anchor stands on the left side of each pair shown.
 
     Returns:
         Up to six records "prompt", "question", "pictures" ({"arm", "src", "width", "votes"}), "undecided"; pairs whose
         pictures are missing or damaged are left out.
     """
-    pairs = {p["pair_id"]: p for p in record["pairs"]}
+    pairs, anchor = {p["pair_id"]: p for p in record["pairs"]}, data["anchor"]
     items: dict[tuple[str, int], list[Vote]] = {}
-    for v in votes:
+    for v in kept(votes, data):
         known = pairs.get(v["pair_id"])
         if v["kind"] == "normal" and known is not None and anchor in (v["arm_a"], v["arm_b"]):
             items.setdefault((v["question"], v["pair_id"]), []).append(v)
@@ -192,7 +216,7 @@ def html(data: Mapping[str, Any], cards: Sequence[Mapping[str, Any]] = ()) -> st
         data: of `build`.
         cards: of `examples`.
     """
-    return template().render(
+    return page.template(PAGE, "study", percent=percent, glue=glue).render(
         data=data,
         cards=cards,
         figures=figures(data),
@@ -201,25 +225,12 @@ def html(data: Mapping[str, Any], cards: Sequence[Mapping[str, Any]] = ()) -> st
         others={q: other_ways(part) for q, part in data["questions"].items()},
         by_category={q: category_table(part, data["arms"], data["anchor"]) for q, part in data["questions"].items()},
         titles=TITLES,
-        asked=ASKED,
+        asked={} if data["protocol"].get("imported") is True else ASKED,
     )
-
-
-def template() -> Template:
-    """The page's layout, with the filters that it uses; text is escaped."""
-    environment = Environment(
-        loader=ChoiceLoader([PackageLoader("fewstep", "study"), PackageLoader("fewstep", "report")]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "glue": glue}
-    return environment.get_template(PAGE)
 
 
 def percent(share: float) -> str:
-    """`47 %`, with a space that does not break."""
+    """`47 %`, with a space that does not break; shares of votes have no decimals, unlike `report.numbers.percent`."""
     return f"{100 * share:.0f}\u00a0%"
 
 
@@ -235,7 +246,7 @@ def figures(data: Mapping[str, Any]) -> list[dict[str, str]]:
     checks, arms = counts["gold"] + counts["repeat"], len(data["arms"])
     out = [
         {"value": f"{counts['normal']:,}", "name": "votes", "beside": f"and {checks:,} on gold and repeated pairs"},
-        {"value": f"{counts['annotators']}", "name": "annotators", "beside": f"{len(data['excluded'])} left out by rules"},
+        {"value": f"{counts['annotators']}", "name": "annotators", "beside": f"counted; {counts['people_left_out']} left out"},
         {"value": f"{counts['prompts']}", "name": "prompts", "beside": f"{counts['images']:,} images of {arms} arms"},
     ]
     if alpha is not None:
@@ -308,7 +319,8 @@ def _card(own: Sequence[Vote], pair: Mapping[str, Any], images: Path, anchor: st
     sides = ("a", "b") if a_first else ("b", "a")
     pictures = []
     for side in sides:
-        pixels = picture(images / f"{pair['image_' + side]}.png")
+        name = str(pair["image_" + side])
+        pixels = picture(images / f"{name}.png") if IMAGE_ID.fullmatch(name) else None  # a path is nobody's picture
         if pixels is None:
             return None
         chosen = sum(v["choice"] == side for v in own)

@@ -11,7 +11,7 @@ from scipy import special
 
 from fewstep.study import ratings
 from fewstep.study.planning import ELO
-from fewstep.study.ratings import ANCHORED, LEVEL, STEPS, Floats, Table
+from fewstep.study.ratings import ANCHORED, LEVEL, Floats, Table
 
 
 class Side(NamedTuple):
@@ -138,7 +138,7 @@ def _covariance(x: Floats, y: Floats, beta: Floats, information: Floats, own: Ta
 
 
 def _davidson(half: Floats, answer: Floats, tied: NDArray[np.bool_]) -> tuple[Floats, Floats, Floats] | None:
-    """Newton's method on the multinomial likelihood, which is concave.
+    """The multinomial likelihood's maximum; it is concave.
 
     Args:
         half: (N, K) half the design.
@@ -148,24 +148,13 @@ def _davidson(half: Floats, answer: Floats, tied: NDArray[np.bool_]) -> tuple[Fl
     Returns:
         Strengths and log nu (K + 1,), scores of the votes (N, K + 1), information (K + 1, K + 1).
     """
-    size = half.shape[1]
-    theta = np.zeros(size + 1)
-    for _ in range(STEPS):
+
+    def at(theta: Floats) -> tuple[float, Floats, Floats]:
         p, scores, information = _davidson_at(half, answer, tied, theta)
-        gradient = scores.sum(axis=0)
-        step = np.linalg.solve(information, gradient)
-        if float(gradient @ step) < 1e-18 * len(answer):
-            return theta, scores, information
-        value, length = _davidson_value(p, answer), 1.0
-        while length > 1e-6:
-            p = _davidson_at(half, answer, tied, theta + length * step)[0]
-            if _davidson_value(p, answer) >= value - 1e-9:
-                break
-            length /= 2
-        theta = theta + length * step
-        if np.abs(theta).max() > 30:
-            break
-    return None
+        return _davidson_value(p, answer), scores.sum(axis=0), information
+
+    theta = ratings.maximum(at, half.shape[1] + 1, len(answer))
+    return None if theta is None else (theta, *_davidson_at(half, answer, tied, theta)[1:])
 
 
 def _davidson_at(

@@ -7,9 +7,11 @@ killed goes on where it stood.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
 
 try:
@@ -122,13 +124,22 @@ def app(study: Store, *, open_to_all: bool = False, link_days: float = 30.0, lim
         limits: how often one may ask.
 
     Raises:
-        ValueError: a study that cannot be served, such as an imported one.
+        ValueError: a study that cannot be served, such as an imported one, or days out of range.
     """
     links.mac(study.secret, "check", "")
+    links.check_days(link_days, "--link-days")
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        store.fold(study.engine)  # whoever copies the file of a stopped study has every vote
+        study.engine.dispose()
+
     desk = Desk(study, limits or Limits())
     made = FastAPI(
-        title="fewstep study", version=__version__, docs_url=None, redoc_url=None, default_response_class=HTMLResponse
-    )
+        title="fewstep study", version=__version__, docs_url=None, redoc_url=None, default_response_class=HTMLResponse,
+        lifespan=lifespan,
+    )  # fmt: skip
     made.state.desk = desk
     made.mount("/static", StaticFiles(directory=STATIC), name="static")
     _failures(made, desk)
@@ -154,7 +165,9 @@ def _failures(made: FastAPI, desk: Desk) -> None:
 
     @made.exception_handler(RequestValidationError)
     def malformed(request: Request, error: RequestValidationError) -> Response:
-        return say(request, 422, WORDS[422])
+        where = next((e["loc"] for e in error.errors() if e["loc"][0] == "query"), None)
+        unfilled = f"{where[1]} in the address is empty, or was not filled in by the service that sent you." if where else ""
+        return say(request, 422, unfilled or WORDS[422])
 
     @made.exception_handler(HTTPException)
     def other(request: Request, error: HTTPException) -> Response:
@@ -276,14 +289,37 @@ def _personal(made: FastAPI, desk: Desk) -> None:
         return desk.answer(request, who, token, Now("withdrawn"))
 
 
-def run(made: FastAPI, host: str, port: int) -> None:
+def run(made: FastAPI, host: str, port: int, ready: Callable[[], None] = lambda: None) -> None:
     """Serve until stopped. Requests are not logged: a log would hold addresses and links.
 
+    Args:
+        made: of `app`.
+        host: address to listen on.
+        port: to listen on.
+        ready: called when the server can be reached.
+
     Raises:
-        ValueError: uvicorn is missing.
+        ValueError: uvicorn is missing, or the port is none or taken.
     """
+    if not 0 < port < 2**16:
+        raise ValueError(f"--port must be 1 to {2**16 - 1}, not {port}")
     try:
         import uvicorn
     except ImportError as error:
         raise ValueError("serving a study needs uvicorn: pip install 'fewstep[web]'") from error
-    uvicorn.run(made, host=host, port=port, access_log=False, log_level="warning", server_header=False)
+
+    class Listening(uvicorn.Server):
+        async def startup(self, sockets: Any = None) -> None:
+            logging.getLogger("uvicorn.error").disabled = True  # it says in its own words what is said below
+            await super().startup(sockets)
+            logging.getLogger("uvicorn.error").disabled = False
+            ready()
+
+    try:
+        Listening(uvicorn.Config(made, host, port, access_log=False, log_level="warning", server_header=False)).run()
+    except SystemExit as error:
+        raise ValueError(f"cannot listen on {host}, port {port}: is another server there? give another --port") from error
+    except KeyboardInterrupt:
+        return  # the way to stop it
+    finally:
+        logging.getLogger("uvicorn.error").disabled = False

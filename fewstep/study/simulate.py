@@ -7,7 +7,6 @@ the coverage figures of docs/study.md were measured with.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -251,10 +250,9 @@ def rehearse(
     Raises:
         ValueError: no study, a folder that is there, or other arms than the study's.
     """
-    from fewstep.study import store
+    from fewstep.study import folders, store
 
-    if out.exists():
-        raise ValueError(f"{out} is there already: give another folder")
+    folders.free(out)
     study = store.open_study(folder)
     record = store.study_record(study.engine)
     study.engine.dispose()
@@ -264,13 +262,10 @@ def rehearse(
     for number, question in enumerate(("quality", "adherence")):
         start = len(votes) + 1
         votes += answers(record, strengths, annotators, question=question, seed=seed + number, start=start, **more)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(folder / store.IMAGES, partial / store.IMAGES)
-    engine = store.connect(store.sqlite_url(partial / store.DATABASE))
-    store.restore(engine, {**record, "title": f"Rehearsal: {record['title']}"}, votes)
-    engine.dispose()
-    os.replace(partial, out)
+    named = {**record, "title": f"Rehearsal: {record['title']}"}
+    with folders.new_folder(out) as partial:
+        shutil.copytree(folder / store.IMAGES, partial / store.IMAGES)
+        store.write(store.sqlite_url(partial / store.DATABASE), lambda engine: store.restore(engine, named, votes))
     return len(votes)
 
 

@@ -46,7 +46,7 @@ try:
 except ImportError as error:
     raise ValueError("studies need SQLAlchemy: pip install 'fewstep[web]'") from error
 
-DATABASE, SECRET, PROTOCOL, IMAGES = "study.sqlite", "secret.key", "protocol.json", "images"
+DATABASE, SECRET, PROTOCOL, IMAGES = "study.sqlite", "secret.key", "protocol.json", "images"  # see `folders`, too
 SECRET_BYTES = 32
 ROWS_AT_ONCE = 2000
 NONE = type(None)
@@ -111,9 +111,22 @@ def connect(url: str | sql.URL) -> sql.Engine:
     return engine
 
 
+def fold(engine: sql.Engine) -> None:
+    """Put what SQLite's log holds into the one file of the database, and empty the log; nothing to do on Postgres.
+
+    Afterwards a copy of the file is whole, and what was deleted is in no file any more.
+    """
+    if engine.dialect.name == "sqlite":
+        raw = engine.raw_connection()
+        try:
+            raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        finally:
+            raw.close()
+
+
 @contextmanager
 def reading(engine: sql.Engine) -> Iterator[sql.Connection]:
-    """A connection that sees one moment and locks nobody out."""
+    """A connection that locks nobody out. On SQLite all that it reads is of one moment; on Postgres each statement is."""
     with engine.connect() as connection:
         yield connection.execution_options(fewstep_reads=True)
 
@@ -126,23 +139,28 @@ def open_study(folder: Path, url: str | None = None) -> Store:
         url: of its database; by default `study.sqlite` in the folder.
 
     Raises:
-        ValueError: no study there, or its database cannot be reached.
+        ValueError: no study there, its database cannot be reached or is another study's, or its secret cannot be read.
     """
     if url is None and not (folder / DATABASE).is_file():
         raise ValueError(f"{folder} holds no study: make one with `fewstep study plan --arms DIR DIR --out {folder}`")
     engine = connect(url or sqlite_url(folder / DATABASE))
     try:
         with reading(engine) as connection:
-            row = connection.execute(sql.select(t.study.c.protocol)).first()
+            row = connection.execute(sql.select(t.study.c.protocol, t.study.c.sha)).first()
         if row is None:
             raise ValueError(f"the database of {folder} holds no study")
     except SQLAlchemyError as error:
         raise ValueError(f"the database of {folder} cannot be read ({type(error).__name__}): is it a study's?") from error
     try:
-        secret = bytes.fromhex((folder / SECRET).read_text(encoding="ascii").strip())
-    except (OSError, ValueError):
-        secret = b""  # one that was imported: reports need none
-    return Store(engine, folder, secret, json.loads(row.protocol))
+        told = {"hash": row.sha}
+        if (folder / PROTOCOL).exists():
+            told = json.loads((folder / PROTOCOL).read_text(encoding="utf-8"))
+        secret = bytes.fromhex((folder / SECRET).read_text(encoding="ascii").strip()) if (folder / SECRET).exists() else b""
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{SECRET} or {PROTOCOL} of {folder} cannot be read ({error}): give this user the right to") from error
+    if not isinstance(told, dict) or told.get("hash") != row.sha:
+        raise ValueError(f"the database is not that of {folder}: the hash in its {PROTOCOL} is another study's")
+    return Store(engine, folder, secret, json.loads(row.protocol))  # one that was imported has no secret: reports need none
 
 
 def sqlite_url(path: Path) -> sql.URL:
@@ -178,7 +196,6 @@ def create(
     Raises:
         ValueError: the database holds a study already, or the record lacks something.
     """
-    t.schema.create_all(engine)
     try:
         rows = _rows(record)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -186,6 +203,7 @@ def create(
     protocol = record["protocol"]
     head = {"id": 1, "title": str(record["title"]), "protocol": json.dumps(protocol), "sha": digest(protocol)}
     try:
+        t.schema.create_all(engine)
         with engine.begin() as connection:
             if connection.execute(sql.select(t.study.c.id)).first():
                 raise ValueError("the database holds a study already: give another one")
@@ -194,8 +212,19 @@ def create(
                 _insert(connection, table, lines)
             fresh = {"kind": "normal", "attempt": 0, "done": False}
             _insert(connection, t.assignment, [{**slot, **fresh} for slot in slots])
-    except SQLAlchemyError as error:
-        raise ValueError(f"the database refused the study ({type(error).__name__}): nothing was written") from error
+    except (SQLAlchemyError, OverflowError) as error:
+        why = "is the server there, and is every number of the study one that it can keep?"
+        raise ValueError(f"the database refused the study ({type(error).__name__}), nothing was written: {why}") from error
+
+
+def write(url: str | sql.URL, fill: Callable[[sql.Engine], None]) -> None:
+    """Fill a database and close it; SQLite's is then one file, without the log beside it."""
+    engine = connect(url)
+    try:
+        fill(engine)
+        fold(engine)
+    finally:
+        engine.dispose()
 
 
 def _rows(record: Mapping[str, Any]) -> list[tuple[sql.Table, list[dict[str, Any]]]]:
@@ -215,6 +244,11 @@ def _rows(record: Mapping[str, Any]) -> list[tuple[sql.Table, list[dict[str, Any
         {**{key: p[key] for key in kept}, "id": p["pair_id"], "arm_a": numbers[p["arm_a"]], "arm_b": numbers[p["arm_b"]]}
         for p in record["pairs"]
     ]
+    known = {i["id"] for i in images}
+    wrong = [name for name in known if not isinstance(name, str) or not t.IMAGE_ID.fullmatch(name)]
+    wrong += [name for p in pairs for name in (p["image_a"], p["image_b"]) if name is not None and name not in known]
+    if wrong:  # names become paths: a record may come from anybody
+        raise ValueError(f"{str(wrong[0])[:80]!r} is the id of no image of the study")
     return [(t.arm, arms), (t.prompt, prompts), (t.image, images), (t.pair, pairs)]
 
 
@@ -304,7 +338,10 @@ def restore(engine: sql.Engine, record: Mapping[str, Any], rows: Sequence[Mappin
     """
     if digest(record.get("protocol")) != record.get("hash"):
         raise ValueError("the record's protocol does not have the hash it was written with: it was changed, or is damaged")
-    known = {int(p["pair_id"]): p for p in record.get("pairs", ())}
+    try:
+        known = {int(p["pair_id"]): p for p in record["pairs"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the record lists no pairs ({type(error).__name__}: {error})") from error
     people: dict[str, int] = {}
     asked: list[dict[str, Any]] = []
     given: list[dict[str, Any]] = []
@@ -333,6 +370,8 @@ def restore(engine: sql.Engine, record: Mapping[str, Any], rows: Sequence[Mappin
 
 def _check_vote(row: Mapping[str, Any], pairs: Mapping[int, Mapping[str, Any]]) -> None:
     known = pairs[row["pair_id"]]
+    if row["kind"] != "gold" and row["arm_a"] == row["arm_b"]:
+        raise ValueError(f"{str(row['arm_a'])[:40]!r} against itself is no comparison")
     for key, allowed in (("question", QUESTIONS), ("choice", CHOICES), ("kind", KINDS)):
         if row[key] not in allowed:
             raise ValueError(f"{key} is {row[key]!r}, not one of {', '.join(allowed)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 try:
@@ -13,6 +14,7 @@ QUESTIONS = ("quality", "adherence")
 CHOICES = ("a", "b", "tie", "both_bad")
 KINDS = ("normal", "gold", "repeat")
 VIEWPORTS = ("phone", "tablet", "desktop", "unknown")
+IMAGE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")  # also the name of its file, so it can hold no path
 
 schema = sql.MetaData()
 Column, Integer, Text, Float, Boolean = sql.Column, sql.Integer, sql.Text, sql.Float, sql.Boolean

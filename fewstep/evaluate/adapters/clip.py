@@ -67,15 +67,34 @@ def embed_texts(model: Any, tokens: Tensor) -> Tensor:
     return torch.nn.functional.normalize(found, dim=-1)
 
 
+class Cut(UserWarning):
+    """Prompts whose ends are not scored.
+
+    Attributes:
+        lengths: tokens of each such prompt.
+        limit: tokens that the network reads.
+    """
+
+    def __init__(self, lengths: Mapping[str, int], prompts: int, limit: int) -> None:
+        few = "; ".join(f"{text[:60]!r} ({length} tokens)" for text, length in list(lengths.items())[:NAMED])
+        more = f" and {len(lengths) - NAMED} more" if len(lengths) > NAMED else ""
+        said = f"{len(lengths)} of {prompts} prompts are longer than the {limit} tokens that CLIP reads"
+        super().__init__(f"{said}; their ends do not count: {few}{more}")
+        self.lengths, self.limit = dict(lengths), limit
+
+
+def together(cuts: Sequence[Cut], prompts: int) -> list[str]:
+    """The warnings of many calls as one, about so many prompts; none if there are none."""
+    lengths = {text: length for cut in cuts for text, length in cut.lengths.items()}
+    return [str(Cut(lengths, prompts, cuts[0].limit))] if cuts else []
+
+
 def tokens_of(tokenizer: Any, prompts: Sequence[str], limit: int) -> Tensor:
-    """Token ids (N, L), L at most `limit`; a warning names the prompts that are cut, because their ends are not scored."""
+    """Token ids (N, L), L at most `limit`; the warning `Cut` names the prompts that are cut."""
     lengths = [len(ids) for ids in tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]]
-    cut = [(text, length) for text, length in zip(prompts, lengths, strict=True) if length > limit]
+    cut = {text: length for text, length in zip(prompts, lengths, strict=True) if length > limit}
     if cut:
-        few = "; ".join(f"{text[:60]!r} ({length} tokens)" for text, length in cut[:NAMED])
-        more = f" and {len(cut) - NAMED} more" if len(cut) > NAMED else ""
-        said = f"{len(cut)} of {len(prompts)} prompts are longer than the {limit} tokens that CLIP reads"
-        warnings.warn(f"{said}; their ends do not count: {few}{more}", stacklevel=3)
+        warnings.warn(Cut(cut, len(set(prompts)), limit), stacklevel=3)
     found = tokenizer(list(prompts), padding="longest", truncation=True, max_length=limit, return_tensors="pt")
     ids: Tensor = found["input_ids"]
     return ids

@@ -86,7 +86,6 @@ class Adapter:
         find: weights on this disk, from what a user named or from the usual places; ValueError says how to get them.
         load: the measure, from such weights.
         tiny: the same measure with a tiny network whose weights are a formula; None where a library is needed for it.
-        golden: what `tiny` gave on the probes when it was recorded.
     """
 
     name: str
@@ -96,7 +95,6 @@ class Adapter:
     find: Callable[[Path | str | None], Found]
     load: Callable[[Found], Measure]
     tiny: Callable[[], Measure] | None
-    golden: tuple[float, ...] = ()
     version: str = "1"
     needs: str = field(default="")
 

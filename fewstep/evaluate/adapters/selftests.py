@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.engine.doctor import Finding
+from fewstep.evaluate import metrics
 from fewstep.evaluate.adapters import inception, tiny
 from fewstep.evaluate.adapters.parts import (
     CLIP_MEAN,
@@ -180,17 +181,6 @@ def far_from_noise(measure: Measure) -> tuple[bool, str]:
     sets = [[picture(thing, place) for pair in PAIRS for thing in pair] for place in PLACES]
     noise = [((tiny.hashed(128 * 128 * 3, n) + 1) * 127.5).astype(np.uint8).reshape(128, 128, 3) for n in range(len(sets[0]))]
     one, two, other = (measure(images, []).double() for images in (*sets, noise))
-    itself, near, far = frechet(one, one), frechet(one, two), frechet(one, other)
+    itself, near, far = (metrics.frechet(one, seen).value for seen in (one, two, other))
     good = one.shape[1] == 2048 and abs(itself) < 1e-3 * far and far > near
     return good, f"Fréchet distance to itself {itself:.3f}, to other pictures {near:.1f}, to noise {far:.1f}"
-
-
-def frechet(a: Tensor, b: Tensor) -> float:
-    """Squared Fréchet distance of Gaussians with the moments of two samples (N, D), N much smaller than D.
-
-    The root of the product of covariances has the trace of the singular values of X Y', X and Y the centred samples
-    divided by the root of N - 1: a matrix of N x N instead of D x D.
-    """
-    x, y = ((s - s.mean(0)) / (len(s) - 1) ** 0.5 for s in (a, b))
-    root = torch.linalg.svdvals(x @ y.T).sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + (x**2).sum() + (y**2).sum() - 2 * root)

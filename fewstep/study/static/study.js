@@ -2,6 +2,7 @@
 "use strict";
 (() => {
   const SETTLED_MS = 250; // an answer sooner than this after the pair appeared was meant for the last one
+  const LONG_S = 300;
   const RETRY_MS = [1000, 2000, 4000, 8000, 15000];
   const KEPT = "fewstep-answer:" + location.pathname.split("/").slice(0, 3).join("/");
   const CHOICES = { "1": "left", ArrowLeft: "left", "2": "right", ArrowRight: "right", "0": "tie", ArrowDown: "tie", b: "both_bad", B: "both_bad" };
@@ -33,7 +34,8 @@
     document.querySelectorAll("[data-zoom], [data-copy]").forEach((e) => { if (!e.classList.contains("close")) e.hidden = false; });
     const heading = find("[data-focus]");
     if (heading) heading.focus({ preventScroll: true });
-    const ballot = find(".ballot");
+    const ballot = find(".ballot"), wait = find("[data-wait]");
+    if (wait) setTimeout(() => { if (wait.isConnected) htmx.ajax("GET", location.pathname, "#main"); }, 1000 * Number(wait.dataset.wait));
     shownAt = null;
     zoomed = false;
     window.scrollTo(0, 0);
@@ -69,19 +71,35 @@
     if (form) form.classList.toggle("waiting", on);
   }
 
+  // The server's own words: of what it refused, or asks to wait for.
+  function repeat(page, fallback) {
+    const told = new DOMParser().parseFromString(page, "text/html");
+    const text = (selector) => { const e = told.querySelector(selector); return e ? e.textContent.trim() : ""; };
+    say(text("h1") || fallback, text(".lead"));
+  }
+  // After so long the answer is another day's: it is not kept.
+  function tooLong(header) { return Number(header || 0) > LONG_S; }
+
   // Send an answer again until the server has said what became of it. It carries its number, so it counts once.
   async function again() {
     const answer = kept.get();
     if (!answer) return;
     hold(true);
-    let status = 0, wait = RETRY_MS[Math.min(failures, RETRY_MS.length - 1)];
+    let status = 0, wait = RETRY_MS[Math.min(failures, RETRY_MS.length - 1)], page = "";
     try {
       const body = new URLSearchParams(answer.body);
       const reply = await fetch(answer.path, { method: "POST", body, headers: { "HX-Request": "true" } });
       status = reply.status;
+      page = await reply.text();
       wait = Math.max(wait, 1000 * Number(reply.headers.get("Retry-After") || 0));
     } catch { status = 0; }
-    if (status === 0 || status === 429 || status >= 500) {
+    if (status === 429) {
+      repeat(page, "One moment");
+      if (tooLong(wait / 1000)) kept.drop();
+      else setTimeout(again, wait);
+      return;
+    }
+    if (status === 0 || status >= 500) {
       failures += 1;
       say("No connection to the study", "Your answer is kept on this device and will be sent again by itself.");
       setTimeout(again, wait);
@@ -108,6 +126,7 @@
     if (status === 0 || status === 429 || status >= 500) {
       failures = 0;
       hold(true);
+      if (status === 429 && tooLong(event.detail.xhr.getResponseHeader("Retry-After"))) { kept.drop(); return; }
       setTimeout(again, Math.max(RETRY_MS[0], 1000 * Number(event.detail.xhr.getResponseHeader("Retry-After") || 0)));
     } else kept.drop();
   });
