@@ -16,7 +16,18 @@ from PIL import Image
 from tiny import Call
 
 from fewstep.engine import artifact
-from fewstep.evaluate import adapters, benchmark, builtin, coco, image_sets, manifold, metrics, outcomes, scores, variety
+from fewstep.evaluate import (
+    adapters,
+    benchmark,
+    builtin,
+    coco,
+    image_sets,
+    manifold,
+    metrics,
+    outcomes,
+    scores,
+    variety,
+)
 from fewstep.evaluate.adapters import clip, tiny
 from fewstep.evaluate.benchmark import Benchmark, Entry
 from fewstep.models import sd3

@@ -170,10 +170,12 @@ def test_bounds_stand_only_where_no_prompt_differs() -> None:
     assert found["colors"] == plain["colors"] and found[OVERALL] == plain[OVERALL] and found["position"].lo < 1
 
 
-def test_bounds_hold_the_truth_where_hardly_anything_fails() -> None:
-    rng, held = np.random.default_rng(0), 0
+def test_bounds_help_where_hardly_anything_fails() -> None:
+    """Not to 95 %: a benchmark that shows a single failure has a percentile interval, which is too short."""
+    rng, held, plain = np.random.default_rng(0), 0, 0
     for _ in range(300):
         right = rng.random((80, 4)) < rng.beta(2.97, 0.03, (80, 1))  # right on 99 %, correlation 1 / 4
-        e = with_bounds(bootstrap(right, ["t"] * 80, draws=300), right, ["t"] * 80, 0, 1)["t"]
-        held += e.lo <= 0.99 <= e.hi
-    assert held / 300 > 0.9
+        found = bootstrap(right, ["t"] * 80, draws=300)
+        e, before = with_bounds(found, right, ["t"] * 80, 0, 1)["t"], found["t"]
+        held, plain = held + (e.lo <= 0.99 <= e.hi), plain + (before.lo <= 0.99 <= before.hi)
+    assert held / 300 > 0.85 and held - plain > 15, (held, plain)

@@ -66,11 +66,12 @@ def _figure(bubbles: Sequence[Record], rated_by: str, size: str, upright: str, c
             text = f"{b['arm']}\n{b['nfe']} evaluations, {mib(b[size])}" + ("" if b["same"] else ", different images")
             out = math.sqrt(LARGEST * b[size] / most) / 2 * 0.75 + 3  # between the bars, on the side that has room
             side = -1 if x["value"] > middle else 1
+            line = {"lw": 0.6, "color": colour[charts.LINE], "shrinkA": 1, "shrinkB": 2, "relpos": (0 if side > 0 else 1, 0)}
             note = axes.annotate(
                 text, (x["value"], y["value"]), xytext=(side * out, out), textcoords="offset points",
                 ha="left" if side > 0 else "right", va="bottom", fontsize=8, color=colour[charts.INK],
                 parse_math=False,
-                arrowprops={"arrowstyle": "-", "lw": 0.6, "color": colour[charts.MUTED], "shrinkA": 0, "shrinkB": 2},
+                arrowprops={"arrowstyle": "-", **line},
             )  # fmt: skip
             labels.append(note)
         _axes(axes, bubbles, upright)

@@ -107,7 +107,8 @@ def resolve(contract: Contract, ask: Ask) -> tuple[Ask, tuple[str, ...]]:
     steps = contract.default_steps if ask.steps is None else ask.steps
     if contract.steps and steps not in contract.steps:
         there = " or ".join(map(str, contract.steps))
-        raise ValueError(f"steps = {_shown(steps)}: {contract.name} was made for {there}, others give noise; give {there}")
+        why = f"{contract.name} was made for {there} steps, others give noise"
+        raise ValueError(f"steps = {_shown(steps)}: {why}; give {there}")
     if not 1 <= steps <= MOST_STEPS:
         raise ValueError(f"steps = {_shown(steps)}: give 1 to {MOST_STEPS}")
     asked = contract.guidance_scale if ask.guidance_scale is None else ask.guidance_scale
