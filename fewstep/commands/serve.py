@@ -76,9 +76,6 @@ def serve(
         raise ValueError(f"workers = {workers}: give 1 or more")
     if threads < 0:
         raise ValueError(f"threads = {threads}: give 1 or more, or 0 to divide the cores")
-    devices = [name.strip() for name in device.split(",")]
-    if not all(devices):
-        raise ValueError(f"device = {device!r}: a name is missing between the commas")
     if not 0 <= port <= 65535:
         raise ValueError(f"port = {port}: give 0 to 65535")
     try:
@@ -86,7 +83,6 @@ def serve(
         import uvicorn  # noqa: F401
 
         from fewstep.serve.service import LOOPBACK, Settings
-        from fewstep.serve.workers import Process, Spec
     except ImportError as error:
         raise ValueError(f"serving needs {error.name}: pip install 'fewstep[web]'") from error
     key = _key(api_key, api_key_file)
@@ -104,12 +100,21 @@ def serve(
         print(f"warning: whoever reaches {host} can draw here; --api-key-file asks them for a key", file=sys.stderr)
     given = {"cache": cache, "dtype": dtype, "teacher": lora_teacher, "base": base}
     arguments = {name: str(value) for name, value in given.items() if value is not None}
+    _run(_processes(named, workers, device, threads, arguments), settings, host, port, forwarded_allow_ips)
+
+
+def _processes(
+    named: dict[str, str], workers: int, device: str, threads: int, arguments: dict[str, str]
+) -> dict[str, list[Process]]:
+    """The processes of every model, on the devices in turn."""
+    from fewstep.serve.workers import Process, Spec
+
+    devices = [name.strip() for name in device.split(",")]
+    if not all(devices):
+        raise ValueError(f"device = {device!r}: a name is missing between the commas")
     threads = threads or _threads(workers * len(named))
-    processes = {}
-    for name, folder in named.items():
-        of_workers = [{**arguments, "device": devices[i % len(devices)]} for i in range(workers)]
-        processes[name] = [Process(Spec(folder, each, threads=threads)) for each in of_workers]
-    _run(processes, settings, host, port, forwarded_allow_ips)
+    of_workers = [{**arguments, "device": devices[i % len(devices)]} for i in range(workers)]
+    return {name: [Process(Spec(folder, each, threads=threads)) for each in of_workers] for name, folder in named.items()}
 
 
 def _named(models: Sequence[str]) -> dict[str, str]:
