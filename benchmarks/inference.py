@@ -377,18 +377,19 @@ def table(record: dict[str, Any]) -> str:
         lines.append("")
     lines += ["| to be shown | measured | |", "|---|---|---|"]
     for wanted, measured, held in criteria(record):
-        lines.append(f"| {wanted} | {measured} | {'pass' if held else '**fail**'} |")
+        lines.append(f"| {wanted} | {measured} | {'' if held is None else 'pass' if held else '**fail**'} |")
     lines.append("")
     return "\n".join(lines)
 
 
-def criteria(record: dict[str, Any]) -> list[tuple[str, str, bool]]:
-    """What was to be shown, what was measured, and whether that is it; ratios are of processor time, round by round.
+def criteria(record: dict[str, Any]) -> list[tuple[str, str, bool | None]]:
+    """What was to be shown, what was measured, and whether that is it; None where it was not measured.
 
-    Processor time, because other work on the machine does not count in it; with several threads it is the clock's.
+    Ratios are round by round of processor time, in which other work on the machine does not count; with several threads they
+    are of the clock's.
     """
     key = "times_ours_of_processor" if record["hardware"]["threads"] == 1 else "times_ours"
-    found: list[tuple[str, str, bool]] = []
+    found: list[tuple[str, str, bool | None]] = []
     one, eight = (record["batches"].get(batch, {}) for batch in ("1", "8"))
     for name, least in ((STOCK, 1.3), (STOCK_KNOWN, 1.3), (GUIDED, 12.0), (GUIDED_KNOWN, 12.0)):
         if name in one:
@@ -402,6 +403,9 @@ def criteria(record: dict[str, Any]) -> list[tuple[str, str, bool]]:
         times = eight[STOCK][key]["p50"]
         found.append((f"batch of 8: no slower than {STOCK}", f"{times:.2f}", times >= 1))
     cold = record.get("fresh", {})
+    if not cold:
+        wanted = "first image of `fewstep generate` from a cold start under 5 s; memory not above stock"
+        found.append((wanted, "not measured", None))
     for batch in record["batches"]:
         own, whole, stock = (cold.get(f"{who}, batch {batch}") for who in (ENGINE, COMMAND, SCRIPT))
         if own and whole and stock:

@@ -72,11 +72,11 @@ def test_the_tables_are_written_between_their_marks(inference: ModuleType, tmp_p
         },
     }
     page = tmp_path / "inference.md"
-    page.write_text(f"before\n{inference.BEGIN}\nold\n{inference.END}\nafter\n")
+    page.write_text(f"before\n{inference.BEGIN}\nstale\n{inference.END}\nafter\n")
     inference.write(record, page)
     inference.write(record, page)
     text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
     assert "| stock, 4 steps | 100.0 (100.0 to 100.0) | 2.00 (2.00 to 2.00) | 3.00 (3.00 to 3.00) | 10.0 |" in text
     assert "| engine alone, batch 1 | 2.5 | 700 |" in text and text.count("a processor") == 1
     assert "| batch of 1: at least 1.3 times as fast as stock, 4 steps | 3.00 | pass |" in text

@@ -198,7 +198,7 @@ class _Drawer:
     def __init__(self, model: opening.Opened, compiled: bool, notes: list[str]) -> None:
         self._model, self._denoiser = model, Denoiser(model, compiled, notes)
         if model.decode is None:
-            decode.channels_last(model.pipe.vae)
+            decode.prepare(model.pipe.vae)
         self._preview = decode.Preview(self.pixels)
         opening.trim()
 

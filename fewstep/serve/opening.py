@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -304,6 +305,7 @@ def keep_compiled(folder: Path) -> None:
 
 def trim() -> None:
     """Give back what opening and preparing left free: the C library keeps it otherwise, and drawing takes it anew."""
+    gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
