@@ -45,7 +45,7 @@ def tiny(teacher: Path) -> list[str]:
 def refused(call: Call, *words: object) -> str:
     """The one line of a refused command."""
     code, _, errors = call(*words)
-    lines = [line for line in errors.splitlines() if not line.startswith(("trajectory ", "teacher traj", "distribution "))]
+    lines = [line for line in errors.splitlines() if not line.startswith(("trajectory ", "teacher traj", "distribution ", "held-out ", "images for "))]
     assert code == 2 and len(lines) == 1 and lines[0].startswith("fewstep: "), errors
     return lines[0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,10 +180,9 @@ def _run(processes: dict[str, list[Process]], settings: Settings, host: str, por
         finally:
             told.cancel()
 
-    try:
+    with suppress(KeyboardInterrupt):  # the listener has ended by then; where the shell ignores it, none is raised
         asyncio.run(until_ended())
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+    print("stopped", file=sys.stderr)
 
 
 async def _tell(listening: Any, host: str) -> None:
