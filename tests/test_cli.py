@@ -42,10 +42,13 @@ def tiny(teacher: Path) -> list[str]:
     return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
 
 
+PROGRESS = ("trajectory ", "teacher traj", "distribution ", "held-out ", "images for ")  # what a run says while it goes well
+
+
 def refused(call: Call, *words: object) -> str:
     """The one line of a refused command."""
     code, _, errors = call(*words)
-    lines = [line for line in errors.splitlines() if not line.startswith(("trajectory ", "teacher traj", "distribution ", "held-out ", "images for "))]
+    lines = [line for line in errors.splitlines() if not line.startswith(PROGRESS)]
     assert code == 2 and len(lines) == 1 and lines[0].startswith("fewstep: "), errors
     return lines[0]
 
