@@ -71,8 +71,8 @@ def test_the_tables_are_written_between_their_marks(inference: ModuleType, tmp_p
             "stock script, batch 1": {"seconds": 2.0, "peak_mib": 700.4},
         },
     }
-    page = tmp_path / "inference.md"
-    page.write_text(f"before\n{inference.BEGIN}\nstale\n{inference.END}\nafter\n")
+    page, tables = tmp_path / "inference.md", load("inference_table")
+    page.write_text(f"before\n{tables.BEGIN}\nstale\n{tables.END}\nafter\n")
     inference.write(record, page)
     inference.write(record, page)
     text = page.read_text()
