@@ -10,17 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
-from tiny import tiny_pipe, tiny_teacher
+from diffusers import StableDiffusion3Pipeline
+from tiny import tiny_teacher
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep import noise
-from fewstep.conditioning import TextCond
 from fewstep.engine import artifact
 from fewstep.grids import shift, shifted_grid
 from fewstep.models import sd3
-from fewstep.serve import decode, fast, opening, steps, text
 from fewstep.serve import engine as engines
+from fewstep.serve import opening, steps
 from fewstep.serve.contract import Contract, resolve
 from fewstep.serve.engine import Ask, Engine, Made, open_engine
 from fewstep.worlds.shapes import STUDENT_4, TEACHER
@@ -115,11 +114,6 @@ def test_a_long_grid_is_computed_in_parts_and_none_of_them_is_kept(monkeypatch: 
     assert len(engine._drawer._denoiser._known) == 0
 
 
-def test_steps_lie_in_runs_of_one_denoiser() -> None:
-    found = steps.runs(["high", "high", "high", "low"], [1.0, 0.9, 0.8, 0.2], 2)
-    assert found == [("high", (1.0, 0.9)), ("high", (0.8,)), ("low", (0.2,))]
-
-
 def test_memory_that_is_not_needed_is_given_back(student: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     vae = student._drawer._model.pipe.vae
     assert vae.encoder is None and vae.quant_conv is None
@@ -136,35 +130,6 @@ def test_memory_that_is_not_needed_is_given_back(student: Engine, monkeypatch: p
     monkeypatch.delattr(Library, "malloc_trim")  # another library than glibc
     opening.trim()
     assert asked == [0]
-
-
-def test_one_prompt_is_not_copied() -> None:
-    network = tiny_pipe().transformer
-    cond = TextCond(torch.randn(1, 5, network.config.joint_attention_dim), torch.randn(1, network.config.pooled_projection_dim))
-    made = fast.prepare(network)
-    (known,) = fast.know(made, (0.4,), cond)
-    assert fast.Batch(made, [known], 8, 8)._modulations.data_ptr() == known.modulations.data_ptr()
-
-
-def test_a_compiled_pass_is_the_same_up_to_rounding() -> None:
-    from torch._inductor import cpp_builder
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        cpp_builder.get_cpp_compiler()
-    except (InvalidCxxCompiler, RuntimeError):
-        pytest.skip("no C++ compiler")
-    network = tiny_pipe(3).transformer
-    network.transformer_blocks = network.transformer_blocks[-1:]  # compiling takes a while for each
-    shapes = network.config.joint_attention_dim, network.config.pooled_projection_dim
-    cond, x = TextCond(torch.randn(1, 5, shapes[0]), torch.randn(1, shapes[1])), torch.randn(1, 16, 4, 4)
-    notes: list[str] = []
-    made = fast.prepare(network)
-    known, run = fast.know(made, (0.4,), cond), fast.compiled(torch.device("cpu"), notes)
-    with torch.inference_mode():
-        plain, found = (fast.Batch(made, known, 4, 4, how).velocity(x, 0) for how in (None, run))
-    assert run is not fast.forward and not notes and plain.std() > 0.1
-    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_a_students_images_are_the_stock_pipelines(student: Engine, made: list[Made]) -> None:
@@ -200,23 +165,6 @@ def test_an_image_is_the_same_alone_and_in_any_batch(student: Engine, made: list
     assert np.array_equal(drawn[0].image, student.draw([guided])[0].image) and drawn[0].nfe == 8
     assert not np.array_equal(made[0].image, student.draw([replace(made[0].ask, seed=6)])[0].image)
     assert not np.array_equal(made[0].image, student.draw([replace(made[0].ask, index=1)])[0].image)
-
-
-def test_what_is_known_of_a_prompt_is_the_same_alone_and_in_any_batch(student: Engine) -> None:
-    """Bit for bit: conditions, modulations and projected context, from encoders that have kept nothing."""
-    model = student._load()
-    text.steady(model.pipe)
-    encode, network = text.together(model.encode), fast.prepare(model.networks["all"])
-    texts = [f"{prompt} {k}" for k in range(6) for prompt in PROMPTS]  # more than are encoded at once
-    many, times = encode(texts), student.contract.grid[:-1]
-    known = fast.know(network, times, TextCond.cat(many))
-    for k in (0, 7, 16, 17):
-        (alone,) = encode(texts[k : k + 1])
-        assert torch.equal(alone.tokens, many[k].tokens) and torch.equal(alone.pooled, many[k].pooled)
-        (own,) = fast.know(network, times, alone)
-        assert torch.equal(own.context, known[k].context) and torch.equal(own.modulations, known[k].modulations)
-    plain = sd3.encode(sd3.load(STUDENT_4), texts[:2], 12)
-    torch.testing.assert_close(many[1].pooled, plain.pooled[1:], rtol=0, atol=1e-5)
 
 
 def test_images_of_several_sizes_and_steps_are_drawn_in_one_call(tmp_path: Path) -> None:
@@ -316,60 +264,6 @@ def test_a_prompt_that_every_encoder_cuts_is_told(student: Engine) -> None:
     assert any(line.startswith("the negative prompt is longer") for line in said)
 
 
-def counting(made: list[list[str]], size: int = 4) -> Callable[[list[str]], list[TextCond]]:
-    def encode(texts: list[str]) -> list[TextCond]:
-        made.append(list(texts))
-        return [TextCond(torch.full((1, 2, size), float(len(t))), torch.ones(1, 3)) for t in texts]
-
-    return encode
-
-
-def test_conditions_are_made_once_and_found_on_disk_by_another_process(tmp_path: Path) -> None:
-    asked: list[list[str]] = []
-    first = text.Conditions(counting(asked), ["encoders", 12], tmp_path)
-    first(["a", "bb", "a"])
-    first(["bb", "a"])
-    again = text.Conditions(counting(asked), ["encoders", 12], tmp_path)
-    assert float(again(["bb"])["bb"].tokens[0, 0, 0]) == 2.0 and asked == [["a", "bb"]]
-    text.Conditions(counting(asked), ["others", 12], tmp_path)(["a"])  # other encoders: another condition
-    assert asked[1:] == [["a"]] and not list(tmp_path.glob("*.partial"))
-
-
-def test_a_damaged_condition_is_made_again(tmp_path: Path) -> None:
-    asked: list[list[str]] = []
-    text.Conditions(counting(asked), [1], tmp_path)(["a"])
-    (file,) = tmp_path.glob("*.safetensors")
-    whole = file.read_bytes()
-    for damaged in (whole[:-5], b"", b"\xff" * 100):
-        file.write_bytes(damaged)
-        text.Conditions(counting(asked), [1], tmp_path)(["a"])
-        assert file.read_bytes() == whole
-    assert len(asked) == 4
-
-
-def test_the_disk_cache_forgets_the_oldest(tmp_path: Path) -> None:
-    import os
-
-    kept = text.Conditions(counting([]), [1], tmp_path)
-    kept(["a", "b", "c"])
-    for age, file in enumerate(sorted(tmp_path.glob("*.safetensors"))):
-        os.utime(file, (1000 + age, 1000 + age))
-    newest = sorted(tmp_path.glob("*.safetensors"))[-1]
-    text.Conditions(counting([]), [1], tmp_path, on_disk=newest.stat().st_size)
-    assert list(tmp_path.glob("*.safetensors")) == [newest]
-
-
-def test_memory_keeps_what_was_used_last() -> None:
-    recent: text.Recent[str] = text.Recent(3, len)
-    for name in ("a", "bb"):
-        recent.put(name, name)
-    recent.get("a")
-    recent.put("c", "c")
-    assert [recent.get(name) for name in ("a", "bb", "c")] == ["a", None, "c"]
-    recent.put("long", "long")  # larger than all: it alone is kept
-    assert len(recent) == 1 and recent.get("long") == "long"
-
-
 def test_encoders_that_are_released_give_the_same_images(made: list[Made], tmp_path: Path) -> None:
     engine = open_engine("bundled", dtype="float32", device="cpu", texts="release", cache=tmp_path)
     assert engine._drawer is None  # neither encoders nor denoiser are in memory before something is asked
@@ -380,51 +274,6 @@ def test_encoders_that_are_released_give_the_same_images(made: list[Made], tmp_p
     assert engine._drawer is drawer
     engine.draw([Ask("a cyan cross", 1)])
     assert engine._drawer is not drawer
-
-
-def test_the_fast_pass_is_the_networks_own() -> None:
-    """On a random network in which everything matters, without a grid's first time being pure noise, and not square."""
-    pipe = tiny_pipe(3)
-    cond = sd3.encode(pipe, PROMPTS, 12)
-    x, times = torch.randn(3, 16, 4, 8, generator=torch.manual_seed(1)), (0.97, 0.31)
-    plain = [sd3.velocity(pipe.transformer)(x, torch.full((3,), t), cond) for t in times]
-    assert fast.fits(pipe.transformer)
-    made = fast.prepare(pipe.transformer)
-    with torch.inference_mode():
-        batch = fast.Batch(made, fast.know(made, times, cond), 4, 8)
-        for step, expected in enumerate(plain):
-            assert expected.std() > 0.1
-            torch.testing.assert_close(batch.velocity(x, step), expected, rtol=1e-4, atol=1e-5)
-    after = sd3.velocity(pipe.transformer)(x, torch.full((3,), times[0]), cond)  # its weights are views now
-    torch.testing.assert_close(after, plain[0], rtol=0, atol=1e-6)
-
-
-def test_a_network_without_norms_of_queries_is_drawn_too() -> None:
-    torch.manual_seed(0)
-    config = {**dict(tiny_pipe().transformer.config), "qk_norm": None}
-    network = SD3Transformer2DModel.from_config(config).requires_grad_(False).eval()
-    cond = TextCond(torch.randn(1, 20, config["joint_attention_dim"]), torch.randn(1, config["pooled_projection_dim"]))
-    x = torch.randn(1, 16, 8, 8)
-    expected = sd3.velocity(network)(x, torch.tensor([0.4]), cond)
-    made = fast.prepare(network)
-    found = fast.Batch(made, fast.know(made, (0.4,), cond), 8, 8).velocity(x, 0)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_joined_matrices_take_no_memory_twice() -> None:
-    attn = tiny_pipe().transformer.transformer_blocks[0].attn
-    before = attn.to_k.weight.clone()
-    product = fast._joined(attn.to_q, attn.to_k, attn.to_v)
-    assert attn.to_k.weight.untyped_storage().data_ptr() == attn.to_q.weight.untyped_storage().data_ptr()
-    assert torch.equal(attn.to_k.weight, before)
-    x = torch.randn(1, 5, before.shape[1])
-    torch.testing.assert_close(product(x)[..., len(before) : 2 * len(before)], attn.to_k(x))
-
-
-def test_gelu_is_pytorchs() -> None:
-    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -100.0, 100.0])])
-    expected = torch.nn.functional.gelu(x.double(), approximate="tanh")
-    torch.testing.assert_close(fast._gelu(x.clone()).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_both_branches_of_a_split_student_draw_their_own_steps(tmp_path: Path) -> None:
@@ -517,35 +366,6 @@ def test_bfloat16_draws_nearly_the_same(made: list[Made]) -> None:
     with sdpa_kernel(SDPBackend.MATH):  # PyTorch's own kernel forgets that the tests are held to AVX2
         again = engine.draw([made[0].ask])[0].image
     assert 0 < np.abs(again.astype(int) - made[0].image).mean() < 8
-
-
-def test_a_preview_of_a_large_image_is_the_best_linear_map() -> None:
-    """On a decoder that is linear, the fit is the decoder."""
-    table = torch.randn(16, 3, generator=torch.manual_seed(0)) / 16
-    offset = torch.tensor([0.1, -0.2, 0.3])
-
-    def linear(x0: torch.Tensor) -> torch.Tensor:
-        small = torch.einsum("bchw,cd->bdhw", x0, table) + offset.reshape(1, 3, 1, 1)
-        return torch.nn.functional.interpolate(small, scale_factor=8)
-
-    x0 = torch.randn(2, 16, 32, 24, generator=torch.manual_seed(1))
-    found = decode.fit(linear, x0)
-    torch.testing.assert_close(found, torch.cat([table, offset[None]]), rtol=0, atol=1e-4)
-    small = decode.Preview(linear)(x0)
-    assert small.shape == (2, 32, 24, 3)
-    assert np.abs(small.astype(int) - decode.to_uint8(linear(x0))[:, ::8, ::8]).max() <= 1
-
-
-def test_images_above_a_size_are_decoded_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(STUDENT_4 / "vae")).eval()
-    x0 = torch.randn(1, 16, 16, 16, generator=torch.manual_seed(0))
-    whole = decode.pixels(vae, x0)
-    monkeypatch.setattr(decode, "WHOLE", 64 * 64)
-    tiled = decode.pixels(vae, x0)
-    assert tiled.shape == whole.shape and not torch.equal(tiled, whole) and not vae.use_tiling
-    assert float(torch.corrcoef(torch.stack([tiled.flatten(), whole.flatten()]))[0, 1]) > 0.5  # tiles see less around them
-    monkeypatch.setattr(decode, "WHOLE", 128 * 128)
-    assert torch.equal(decode.pixels(vae, x0), whole)
 
 
 @pytest.mark.parametrize("whole", [True, False])

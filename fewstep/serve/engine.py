@@ -59,7 +59,6 @@ class Engine:
         identity = [model.identity, model.record.t5_tokens, sorted(model.record.encoders), dtype]
         encode = text.in_turn(model.texts, model.record.t5_tokens, model.dtype, model.record.encoders)
         if not released:
-            text.steady(model.pipe)
             encode = text.together(model.encode)
         self._texts = text.Conditions(encode, identity, folder)
         self._drawer: _Drawer | None = None if released else _Drawer(model, compiled, self.notes)

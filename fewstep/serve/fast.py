@@ -10,10 +10,8 @@ Shapes: B images, N image tokens, L context tokens, S = N + L, D width, A heads,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -21,16 +19,15 @@ import torch
 import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
 from diffusers.models.normalization import RMSNorm
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.conditioning import TextCond
 from fewstep.models import adapters, modulation, sd3
 from fewstep.models.sd3 import TRAIN_TIMESTEPS
+from fewstep.serve.products import Product, attend, gelu, joined, product, rms_normed
 
 EPS = 1e-6  # of every LayerNorm of SD3
 ROWS = 16  # from which on a product's last bits do not depend on how many there are, on the CPUs that this was tried on
-U = math.sqrt(2 / math.pi)
-TWO_U = torch.tensor(2 * U)
 SCALES = {9: (1, 4, 7), 6: (1, 4), 2: (0,)}  # rows that are scales, by the number of rows: the network adds 1 to them
 
 
@@ -44,10 +41,6 @@ class Known(NamedTuple):
 
     context: Tensor
     modulations: Tensor
-
-
-Product = Callable[[Tensor], Tensor]
-"""A matrix and its bias, applied to tokens (B, S, D)."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -88,12 +81,14 @@ class Fast:
     Attributes:
         network: whose modules are used.
         blocks: its joint blocks.
-        adaln: its matrices of adaLN, in the order in which their rows are taken, with the number of their rows.
+        adaln: all its matrices of adaLN as one, in the order in which their rows are taken.
+        ones: what the network adds to these rows, (R, 1, 1): 1 to scales, 0 to others.
     """
 
     network: Any
     blocks: tuple[Block, ...]
-    adaln: tuple[tuple[nn.Module, int], ...]
+    adaln: Product
+    ones: Tensor
 
 
 def fits(network: Any) -> bool:
@@ -108,9 +103,13 @@ def fits(network: Any) -> bool:
 def prepare(network: SD3Transformer2DModel) -> Fast:
     """Join matrices that read the same tokens. Their own weights become views of what is joined: no memory is spent."""
     blocks = tuple(_read(block) for block in network.transformer_blocks)
-    modules, width = dict(network.named_modules()), network.inner_dim
-    adaln = tuple((modules[name], _rows(modules[name], width)) for name in modulation.names(network))
-    return Fast(network, blocks, adaln)
+    modules = [network.get_submodule(name) for name in modulation.names(network)]
+    ones: list[float] = []
+    for module in modules:
+        rows = int(module.out_features) // network.inner_dim  # type: ignore[arg-type]
+        ones += [float(row in SCALES[rows]) for row in range(rows)]
+    dtype = sd3.narrow(network) or torch.float32
+    return Fast(network, blocks, joined(*modules), torch.tensor(ones, dtype=dtype, device=network.device)[:, None, None])
 
 
 @torch.no_grad()
@@ -128,13 +127,8 @@ def know(fast: Fast, times: Sequence[float], cond: TextCond) -> list[Known]:
     padded = list(times) + [times[-1]] * (ROWS - count)
     timestep = torch.tensor(padded * len(cond), dtype=torch.float32, device=network.device) * TRAIN_TIMESTEPS
     embedding = F.silu(network.time_text_embed(timestep, cond.pooled.repeat_interleave(len(padded), dim=0)))
-    found = []
-    for module, rows in fast.adaln:
-        made = module(embedding).view(len(cond), len(padded), rows, 1, -1)[:, :count]
-        for row in SCALES[rows]:
-            made[:, :, row] += 1
-        found.append(made)
-    return [Known(*pair) for pair in zip(network.context_embedder(cond.tokens), torch.cat(found, dim=2), strict=True)]
+    made = fast.adaln(embedding).view(len(cond), len(padded), len(fast.ones), 1, -1)[:, :count] + fast.ones
+    return [Known(*pair) for pair in zip(network.context_embedder(cond.tokens), made, strict=True)]
 
 
 def weight(known: Known) -> int:
@@ -265,16 +259,16 @@ def _joint(made: Attention, image: Tensor, context: Tensor, norm: Tensor) -> tup
     read = torch.cat([made.image(image), made.context(context)], dim=1)
     query, key, value = _heads(made, read, norm)
     if made.out_context is None:
-        out = made.out(_attend(query[:, :, :count], key, value))
+        out = made.out(attend(query[:, :, :count], key, value))
         return out, out
-    out = _attend(query, key, value)
+    out = attend(query, key, value)
     return made.out(out[:, :count]), made.out_context(out[:, count:])
 
 
 def _alone(made: Attention, image: Tensor) -> Tensor:
     """Attention of the image over itself."""
     norm = made.norms[0][:, None] if made.norms else image.new_empty(0)
-    return made.out(_attend(*_heads(made, made.image(image), norm)))
+    return made.out(attend(*_heads(made, made.image(image), norm)))
 
 
 def _heads(made: Attention, read: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -284,14 +278,9 @@ def _heads(made: Attention, read: Tensor, norm: Tensor) -> tuple[Tensor, Tensor,
     if not norm.numel():
         query, key, value = apart.permute(2, 0, 3, 1, 4).unbind(0)
         return query, key, value
-    pairs = F.rms_norm(apart[:, :, :2], norm.shape[-1:], None, made.eps) * norm
+    pairs = rms_normed(apart[:, :, :2], made.eps) * norm
     query, key = pairs.permute(2, 0, 3, 1, 4).unbind(0)
     return query, key, apart[:, :, 2].transpose(1, 2)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(B, A, S, K) each to (B, S, A K)."""
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def _normed(x: Tensor) -> Tensor:
@@ -303,10 +292,6 @@ def _modulated(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, normed, scale)
 
 
-def _rows(module: nn.Module, width: int) -> int:
-    return int(module.out_features) // width  # type: ignore[arg-type]
-
-
 def _read(block: Any) -> Block:
     attn, own, last = block.attn, block.attn2, block.context_pre_only
     norms = tuple(
@@ -315,10 +300,10 @@ def _read(block: Any) -> Block:
         if q is not None
     )
     attention = Attention(
-        _joined(attn.to_q, attn.to_k, attn.to_v),
-        _joined(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
-        _product(attn.to_out[0]),
-        None if last else _product(attn.to_add_out),
+        joined(attn.to_q, attn.to_k, attn.to_v),
+        joined(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
+        product(attn.to_out[0]),
+        None if last else product(attn.to_add_out),
         attn.heads,
         attn.norm_q.eps if norms else EPS,
         norms,
@@ -326,44 +311,12 @@ def _read(block: Any) -> Block:
     second = None
     if own is not None:
         norms = (torch.stack([own.norm_q.weight, own.norm_k.weight]),) if own.norm_q is not None else ()
-        read, out = _joined(own.to_q, own.to_k, own.to_v), _product(own.to_out[0])
+        read, out = joined(own.to_q, own.to_k, own.to_v), product(own.to_out[0])
         second = Attention(read, None, out, None, own.heads, own.norm_q.eps if norms else EPS, norms)
     return Block(attention, second, _fed(block.ff), None if last else _fed(block.ff_context))
 
 
 def _fed(feed: Any) -> Product:
     """A feed-forward of SD3: two matrices with a GELU, by tanh, between them."""
-    up, down = _product(feed.net[0].proj), _product(feed.net[2])
-    return lambda x: down(_gelu(up(x)))
-
-
-def _gelu(x: Tensor) -> Tensor:
-    """GELU by tanh, x sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3): on a CPU half the time of PyTorch's own."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
-        return F.gelu(x, approximate="tanh")
-    return torch.addcmul(TWO_U, x, x, value=0.044715 * 2 * U).mul_(x).sigmoid_().mul_(x)
-
-
-def _product(part: Any) -> Product:
-    return partial(F.linear, weight=part.weight.detach(), bias=part.bias) if _plain(part) else part
-
-
-def _joined(*parts: Any) -> Product:
-    """Matrices that read the same tokens as one, whose parts their own weights become; those that are rounded, one by one."""
-    if not all(_plain(part) for part in parts):
-        return lambda x: torch.cat([part(x) for part in parts], dim=-1)
-    weight = torch.cat([part.weight.detach() for part in parts])
-    bias = torch.cat([part.bias.detach() for part in parts]) if parts[0].bias is not None else None
-    for k, part in enumerate(parts):
-        rows = slice(k * len(part.weight), (k + 1) * len(part.weight))
-        part.weight.data = weight[rows]
-        if bias is not None:
-            part.bias.data = bias[rows]
-    return partial(F.linear, weight=weight, bias=bias)
-
-
-def _plain(part: nn.Module) -> bool:
-    """A matrix of ordinary numbers: not rounded, not adapted."""
-    if type(part) is not nn.Linear or type(part.weight.data) is not Tensor:
-        return False
-    return bool(part.weight.dtype.is_floating_point)
+    up, down = product(feed.net[0].proj), product(feed.net[2])
+    return lambda x: down(gelu(up(x)))

@@ -25,6 +25,7 @@ from fewstep.engine.artifact import Artifact
 from fewstep.engine.precision import fast_dtype
 from fewstep.flow import Velocity
 from fewstep.models import adapters, sd3, single_file
+from fewstep.serve import encoders
 from fewstep.stages import export, opened
 from fewstep.stages.branches import HIGH, LOW, branch_at
 from fewstep.worlds.shapes import STUDENT_4, TEACHER
@@ -145,12 +146,12 @@ def _opened(
     networks = parts.get("networks", {})
     config = SD3Transformer2DModel.load_config(texts / "transformer")
     side = min([network.config.pos_embed_max_size for network in networks.values()] or [config["pos_embed_max_size"]])
-    t5_tokens = record.t5_tokens
+    t5_tokens, texts_of = record.t5_tokens, encoders.prepare(pipe)
     rest = {
         "networks": {},
         "boundary": 0.0,
         "velocity": None,
-        "encode": lambda prompts: sd3.encode(pipe, prompts, t5_tokens),
+        "encode": lambda prompts: sd3.encode(texts_of, prompts, t5_tokens),
         "decode": None,
         "dtype": torch.float32,
         "positions": side,

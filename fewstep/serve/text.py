@@ -17,7 +17,6 @@ from typing import Any, Generic, TypeVar
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from fewstep.conditioning import TextCond
 from fewstep.models import sd3
@@ -135,25 +134,6 @@ def together(encode: Callable[[list[str]], TextCond]) -> Encode:
         return made
 
     return run
-
-
-class RowByRow(nn.Module):
-    """A matrix that is given its rows one at a time, because its last bits depend on how many rows there are."""
-
-    def __init__(self, matrix: nn.Module) -> None:
-        super().__init__()
-        self.matrix = matrix
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in) to (B, out)."""
-        return torch.cat([self.matrix(row) for row in x.split(1)])
-
-
-def steady(pipe: Any) -> None:
-    """On a CPU, project the pooled features of each prompt alone: a batch gives no other rows there than prompts."""
-    for encoder in (pipe.text_encoder, pipe.text_encoder_2):
-        if encoder is not None and encoder.device.type == "cpu":
-            encoder.text_projection = RowByRow(encoder.text_projection)
 
 
 def in_turn(folder: Path, t5_tokens: int, dtype: torch.dtype, encoders: Sequence[str]) -> Encode:

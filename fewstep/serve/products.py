@@ -1,0 +1,84 @@
+"""Matrices as functions that are fast with few tokens, and what is computed between them, in as few passes as PyTorch allows.
+
+Up to rounding each is what PyTorch's own computes (tested). On a CPU a product of 16 to 40 tokens takes half the time if the
+matrix lies in memory the other way round; nothing is held twice, the module's own weight becomes a view of it.
+
+Shapes: B images or prompts, S tokens, D width, A heads, K head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Product = Callable[[Tensor], Tensor]
+"""A matrix and its bias, applied to tokens (B, S, D)."""
+
+U = math.sqrt(2 / math.pi)
+TWO_U = torch.tensor(2 * U)
+
+
+def product(part: Any) -> Product:
+    """A matrix of ordinary numbers turned round; one that is rounded or adapted as it is."""
+    if not plain(part):
+        return part  # type: ignore[no-any-return]
+    part.weight.data = _turned(part.weight.detach())
+    return partial(F.linear, weight=part.weight.detach(), bias=part.bias)
+
+
+def joined(*parts: Any) -> Product:
+    """Matrices that read the same tokens as one, whose parts their own weights become; those that are rounded, one by one."""
+    if not all(plain(part) for part in parts):
+        return lambda x: torch.cat([part(x) for part in parts], dim=-1)
+    weight = _turned(torch.cat([part.weight.detach() for part in parts]))
+    bias = torch.cat([part.bias.detach() for part in parts]) if parts[0].bias is not None else None
+    first = 0
+    for part in parts:
+        rows = slice(first, first := first + len(part.weight))
+        part.weight.data = weight[rows]
+        if bias is not None:
+            part.bias.data = bias[rows]
+    return partial(F.linear, weight=weight, bias=bias)
+
+
+def _turned(weight: Tensor) -> Tensor:
+    """The same matrix, its columns one after another on a CPU: a product of few tokens takes half the time then."""
+    return weight.t().contiguous().t() if weight.device.type == "cpu" and weight.dtype == torch.float32 else weight
+
+
+def plain(part: nn.Module) -> bool:
+    """A matrix of ordinary numbers: not rounded, not adapted."""
+    if type(part) is not nn.Linear or type(part.weight.data) is not Tensor:
+        return False
+    return bool(part.weight.dtype.is_floating_point)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU by tanh, x sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3): on a CPU half the time of PyTorch's own."""
+    if _otherwise(x):
+        return F.gelu(x, approximate="tanh")
+    return torch.addcmul(TWO_U, x, x, value=0.044715 * 2 * U).mul_(x).sigmoid_().mul_(x)
+
+
+def _otherwise(x: Tensor) -> bool:
+    """Where PyTorch's own kernels are the better ones: anywhere but in float32 on a CPU, step by step."""
+    return x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling()
+
+
+def rms_normed(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) of the last dimension: on a CPU half the time of PyTorch's own."""
+    if _otherwise(x):
+        return F.rms_norm(x, x.shape[-1:], None, eps)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.hypot(length, length.new_tensor(math.sqrt(eps * x.shape[-1]))).mul_(x.shape[-1] ** -0.5)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
+    """Attention of (B, A, S, K) each to (B, S, A K); settings are PyTorch's."""
+    return F.scaled_dot_product_attention(q, k, v, **settings).transpose(1, 2).flatten(2)
