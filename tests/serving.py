@@ -114,6 +114,12 @@ def open_painter(source: str, **arguments: Any) -> Painter:
     if once is not None:
         once.touch()
     print("a library says hello on the standard output")  # must not come between the frames
+    if source == "spoilt":  # the first one that is opened fails at everything, as on a GPU whose context is lost
+        mark = Path(arguments["mark"])
+        spoilt, painter = not mark.exists(), Painter()
+        mark.touch()
+        painter.fails = lambda ask: spoilt
+        return painter
     return Painter(float(source))
 
 

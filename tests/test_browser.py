@@ -204,7 +204,7 @@ def test_what_is_no_sheet_is_refused(tmp_path: Path, how: str) -> None:
         info = PngImagePlugin.PngInfo()
         info.add_itxt(looks.KEY, json.dumps({"prompts": ["a", "b", "c"], "seeds": 3}))
         told.save(path, pnginfo=info)
-    with pytest.raises(ValueError, match="is no sheet of images"):
+    with pytest.raises(ValueError, match="is no sheet of images|is missing or damaged .*it is made again"):
         looks.read(path)
 
 

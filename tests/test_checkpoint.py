@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from fewstep.engine import checkpoint
+from fewstep.engine import checkpoint, files
 from fewstep.engine.checkpoint import found, pack, restore, save, unpack, whole_folder
 from fewstep.engine.optim import Optim, Optimizer
 
@@ -137,6 +137,30 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path: Path) -> None:
     with whole_folder(target) as partial:
         (partial / "new").write_text("2")
     assert [p.name for p in target.iterdir()] == ["new"]
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b.json"
+    files.write(target, "Bälle\n")
+    with pytest.raises(KeyboardInterrupt), files.whole_file(target) as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert target.read_bytes() == "Bälle\n".encode() and [p.name for p in target.parent.iterdir()] == ["b.json"]
+    files.write(target, b"\0")
+    long = tmp_path / ("ä" * 120)  # 240 bytes; a name may have 255
+    files.write(long, "")
+    assert target.read_bytes() == b"\0" and {p.name for p in tmp_path.iterdir()} == {"a", long.name}
+
+
+def test_two_programs_that_write_one_file_do_not_take_each_others_half(tmp_path: Path) -> None:
+    target = tmp_path / "scores.json"
+    with files.whole_file(target) as first, files.whole_file(target) as second:
+        first.write_text("first")
+        second.write_text("sec")
+        files.write(target, "third")
+        second.write_text("second")
+        assert target.read_text() == "third" and first.read_text() == "first"
+    assert target.read_text() == "first" and list(tmp_path.iterdir()) == [target]  # the one that ended last
 
 
 @pytest.mark.parametrize("kind", [SafetensorError, Exception])

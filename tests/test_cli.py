@@ -191,6 +191,20 @@ def test_an_interrupt_says_how_to_go_on(call: Call, monkeypatch: pytest.MonkeyPa
     assert code == 130 and errors == "fewstep: stopped; the same command goes on from the last checkpoint\n"
 
 
+def test_drawing_starts_without_what_it_does_not_need(tmp_path: Path) -> None:
+    """Nor does it look for garbage among the libraries: a process of its own, because this one has them already."""
+    script = (
+        "import gc, sys, fewstep.cli\n"
+        "fewstep.cli.main()\n"
+        "unused = {'onnxruntime', 'openvino', 'matplotlib', 'pandas', 'sklearn', 'pyarrow', 'webdataset', 'fastapi'}\n"
+        "assert not unused & set(sys.modules), unused & set(sys.modules)\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > len(gc.get_objects())\n"
+    )
+    words = ["generate", "a red circle", "--out", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and len(list(tmp_path.rglob("*.png"))) == 1, done.stderr
+
+
 @pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["demo", "--help"]])
 def test_help_loads_nothing_heavy(words: list[str]) -> None:
     script = (

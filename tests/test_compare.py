@@ -132,6 +132,15 @@ def test_pairing_finds_what_unpaired_arms_hide() -> None:
     assert paired.found and not shuffled.found
 
 
+def test_the_first_row_is_called_as_in_the_scores() -> None:
+    tasks = ["x"] * 60 + ["y"] * 60
+    plain = [record("a", BASE, "verdict", tasks), record("b", verdicts(0.3, 1, BASE, 0.5), "verdict", tasks)]
+    for records, first in ((plain, "all"), ([record("a", BASE), record("b", verdicts(0.3, 1, BASE, 0.5))], "overall")):
+        table = comparison.show(records, comparison.compare(records, "strict")).splitlines()
+        head = next(i for i, line in enumerate(table) if "adjusted p" in line)
+        assert table[head + 1].split()[0] == first == next(iter(records[0]["metrics"]["strict"]["table"]))
+
+
 def test_scores_have_wins_and_their_own_units() -> None:
     rng = np.random.default_rng(0)
     tasks = ["x"] * 40
@@ -169,9 +178,21 @@ def test_a_comparison_is_planned_from_words_or_from_a_set(call: Call, tmp_path: 
     spread = planning.assumed_sd(BASE.mean(), 2, max(0.0, planning.intra_prompt_correlation(BASE, TASKS)))
     assert code == 0 and f"{planning.prompts_for_difference(0.05, spread):,} prompts x 2 seeds" in out
     assert f"553: {100 * planning.detectable_difference(553, spread):.1f}" in out
-    for words, said in ((["--worth", "0"], "must be finite and not 0"), (["--worth", "2", "--share", "2"], "must be 0 to 1")):
+    for words, said in (
+        *((["--worth", worth], "above 0 and at most 100 points") for worth in ("0", "-2", "200", "nan")),
+        (["--worth", "2", "--share", "2"], "must be 0 to 1"),
+        (["--worth", "2", "--share", "1"], "100 % of images right and correlation 0.25 leave prompts nothing to differ by"),
+        (["--worth", "2", "--json"], "--json is for sets to compare"),
+        (["--worth", "2", "--metric", "strict"], "--metric is for sets to compare"),
+        (["--share", "0.8"], "--share: only for planning"),
+    ):
         code, _, err = call("compare", *words)
         assert code == 2 and said in err
+    perfect = stored(tmp_path / "c", record("c", np.ones_like(BASE)))
+    assert "100 % of images right and correlation 0 leave prompts" in call("compare", perfect, "--worth", "2")[2]
+    for words in (["--share", "0.5"], ["--seeds", "4"], ["--correlation", "0.1"]):
+        code, out, err = call("compare", tmp_path / "a", *[tmp_path / "c"] * (words[0] == "--share"), "--worth", "2", *words)
+        assert code == 2 and not out and f"{words[0]}: only for planning" in err
     scored = record("b", BASE.astype(float), "score")
     assert "has no verdicts to plan with" in call("compare", stored(tmp_path / "b", scored), "--worth", "1")[2]
 
@@ -207,6 +228,7 @@ def test_wrong_words(call: Call, tmp_path: Path) -> None:
         ([a, tmp_path / "none"], "`fewstep eval` of that set writes it"),
         ([a, b, "--metric", "beauty"], "beauty was not evaluated for a; there is strict"),
         ([a, b, "--worth", "0"], "worth finding must be above 0"),
+        ([a, b, "--worth", "200"], "worth finding must be above 0 and at most 1 (100 points), not 2"),
     ):
         code, _, err = call("compare", *words)
         assert code == 2 and said in err and err.count("\n") == 1

@@ -110,7 +110,8 @@ def test_open_attributes() -> None:
 
 def test_both_of_a_role_swap_pair_must_be_right() -> None:
     joint, pairs = role_swap_joint(TRUTH)
-    assert (joint.mean, joint.lo, joint.hi, pairs) == (1.0, 1.0, 1.0, 6)
+    assert (joint.mean, joint.hi, pairs) == (1.0, 1.0, 6)
+    assert joint.lo == pytest.approx(0.025 ** (1 / 6))  # six pairs that agree are no certainty
     first = [p for p, prompt in enumerate(PROTOCOL.prompts) if prompt.task == "role_swap"][::2]
     one_sided = [{**r, "strict": r["prompt"] in first} for r in TRUTH["results"]]
     assert role_swap_joint({**TRUTH, "results": one_sided})[0].mean == 0.0

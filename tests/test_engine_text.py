@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 
 from fewstep.conditioning import TextCond
+from fewstep.engine import artifact
 from fewstep.models import sd3
 from fewstep.serve import fast, opening, text
 from fewstep.worlds.shapes import STUDENT_4
@@ -83,3 +87,24 @@ def test_what_is_known_of_a_prompt_is_the_same_alone_and_in_any_batch() -> None:
         assert torch.equal(own.context, known[k].context) and torch.equal(own.modulations, known[k].modulations)
     plain = sd3.encode(sd3.load(STUDENT_4), texts[:2], 12)
     torch.testing.assert_close(many[1].pooled, plain.pooled[1:], rtol=0, atol=1e-5)
+
+
+def test_a_model_is_too_large_by_all_that_it_will_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export that holds a denoiser alone takes text encoders and autoencoder from its student."""
+    own = artifact.read(STUDENT_4)
+    record = replace(own, kind="export", format="gguf", parents={"student": own.weights})
+    artifact.write(tmp_path / "x", record, lambda at: (at / "student.gguf").write_bytes(bytes(1000)))
+
+    def size(folder: Path) -> int:
+        return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+    rest = size(STUDENT_4) - size(STUDENT_4 / "transformer")
+    for source, dtype, needed in (
+        ("bundled", "auto", 2 * size(STUDENT_4)),
+        ("bundled", "bfloat16", size(STUDENT_4)),
+        (tmp_path / "x", "float32", 2 * (rest + 1000)),
+    ):
+        for spare, short in ((0.99, True), (1.01, False)):
+            free = SimpleNamespace(available=spare * needed / opening.SHARE)
+            monkeypatch.setattr("psutil.virtual_memory", lambda free=free: free)
+            assert opening.too_large(source, None, None, dtype, torch.device("cpu")) is short

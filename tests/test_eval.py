@@ -261,7 +261,9 @@ def test_scores_of_images_keep_their_order_and_their_weights(call: Call, measure
     assert metric["evaluator"] == {"metric": "redness", "weights": "None"}
     call("eval", folder, "--metric", "redness", "--weights", "redness=mine.safetensors")
     assert scores.read(folder)["metrics"]["redness"]["hash"] != metric["hash"]
-    assert "give NAME=FOLDER" in call("eval", folder, "--metric", "redness", "--weights", "mine")[2]
+    for text in ("mine", "redness=", "nothing=here"):  # as `fewstep doctor --eval` says
+        said = call("eval", folder, "--metric", "redness", "--weights", text)[2]
+        assert f"--weights {text}: give NAME=FOLDER, NAME one of redness, colours" in said
     assert "no metric blueness (known: redness, colours)" in call("eval", folder, "--metric", "blueness")[2]
     single = made_set(tmp_path / "single", replace(asked, seeds=1))
     assert "--reference" in call("eval", single, "--metric", "colours")[2]
@@ -280,7 +282,7 @@ def test_distances_from_real_images(call: Call, measures: None, tmp_path: Path) 
     assert metric["table"]["frechet"] == pytest.approx(metrics.frechet(own, torch.from_numpy(points).float()).value)
     assert metric["table"]["real images"] == 12 and metric["table"]["kid lo"] <= metric["table"]["kid"]
     (real / "00.png").write_bytes(b"no image")
-    assert "00.png is damaged" in call("eval", folder, "--metric", "colours", "--reference", real)[2]
+    assert "00.png is missing or damaged" in call("eval", folder, "--metric", "colours", "--reference", real)[2]
     assert "name the network" in call("eval", folder, "--reference", real)[2]
 
 
@@ -386,15 +388,26 @@ def test_scores_of_other_images_do_not_stay(measures: None, tmp_path: Path) -> N
         {"format": 2},
         {"name": None},
         {"metrics": {"x": {"kind": "score", "values": [[1.0]]}}},
+        {"metrics": {"x": {"kind": "score", "values": [[1.0], [2.0]]}}},
+        *({"lacking": key} for key in ("label", "evaluator", "hash", "table", "warnings", "kind", "values")),
+        {"changed": {"table": {"all": dict.fromkeys(("mean", "lo", "hi", "prompts"), "1")}}},
+        *({"changed": change} for change in ({"table": {}}, {"label": 3}, {"kind": "x"})),
+        {"changed": {"values": [[1.0], [float("nan")]]}},
+        {"sampling": 3},
         {"categories": 3},
         {"benchmark": {}},
     ],
 )
 def test_damaged_scores_are_refused(measures: None, tmp_path: Path, change: dict) -> None:
+    change = dict(change)
     folder = made_set(tmp_path / "own", Benchmark("own", (Entry("a"), Entry("b")), 1, {}))
     scoring.run(image_sets.read(folder), scoring.Wanted(metrics=("redness",)))
     path = folder / scores.FILE
-    record = {k: v for k, v in (json.loads(path.read_text()) | change).items() if v is not None}
+    held = json.loads(path.read_text())
+    own = held["metrics"]["redness"]
+    own.pop(change.pop("lacking", ""), None)
+    own |= change.pop("changed", {})
+    record = {k: v for k, v in (held | change).items() if v is not None}
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match="damaged or of another version"):
         scores.read(folder)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import re
 import sys
+import weakref
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from fewstep.commands import generate as command
 from fewstep.recipes import generate
 from fewstep.report import gallery
 from fewstep.serve import png
-from fewstep.serve.engine import Ask, Engine, open_engine
+from fewstep.serve.engine import Ask, Engine, Made, open_engine
 
 HOSTILE = ["<script>alert(1)</script>", "../../etc/passwd", 'a" onerror="alert(1)', "日本語の丸", "a\\b/c:d*e?f", "." * 300]
 
@@ -149,6 +152,52 @@ def test_an_image_need_not_say_anything(run, tmp_path: Path) -> None:
     with Image.open(path) as opened:
         assert "fewstep" not in opened.info and "parameters" not in opened.info
     with pytest.raises(ValueError, match="does not say how it was made"):
+        png.read(path)
+
+
+def test_images_that_are_written_are_let_go(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, batches, held = engine.draw, [], []
+
+    def watched(asks: list[Ask]) -> list[Made]:
+        gc.collect()
+        held.append(sum(batch() is not None for batch in batches))
+        made = drawn(asks)
+        pixels = np.stack([one.image for one in made])  # as an engine has them: all of a batch are one array
+        batches.append(weakref.ref(pixels))
+        return [one._replace(image=image) for one, image in zip(made, pixels, strict=True)]
+
+    monkeypatch.setattr(engine, "draw", watched)
+    found = generate.draw(engine, [Ask("a", seed) for seed in range(8)], tmp_path, batch=2)
+    assert max(held) == 1 and len(held) == 4, "the batch before, at most"
+    assert found.new == 8 and set(found.parts) == {"text", "denoise", "decode"}
+
+
+def test_the_page_offers_a_replay_only_where_it_can_be(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path,) = generate.draw(engine, [Ask("a", 0)], tmp_path / "told").paths
+    page = path.with_name(gallery.PAGE)
+    assert f"<code>fewstep replay {path.name}</code>" in page.read_text(encoding="utf-8")
+    (silent,) = generate.draw(engine, [Ask("a", 0)], tmp_path / "silent", told=False).paths
+    assert "fewstep replay" not in silent.with_name(gallery.PAGE).read_text(encoding="utf-8")
+    monkeypatch.setattr(engine, "contract", engine.contract._replace(weights="5eed" * 16))  # a model of one's own
+    (own,) = generate.draw(engine, [Ask("a", 0)], tmp_path / "own").paths
+    assert f"<code>fewstep replay {own.name} --model DIR</code>" in own.with_name(gallery.PAGE).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [(b"IHDR", b"\0\0"), (b"zTXt", b"fewstep\0\0" + zlib.compress(b"a" * 3_000_000)), (b"pHYs", b"\0"), (b"gAMA", b"\0")],
+)
+def test_a_file_with_odd_chunks_is_read_or_refused_by_its_name(tmp_path: Path, kind: bytes, data: bytes) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    plain = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(plain, "PNG")
+    raw = plain.getvalue()
+    first = 8 if kind == b"IHDR" else 33  # in its place, or after it
+    path = tmp_path / "x.png"
+    path.write_bytes(raw[:first] + chunk(kind, data) + raw[33:])
+    with pytest.raises(ValueError, match="x.png"):
         png.read(path)
 
 

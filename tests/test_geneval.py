@@ -339,6 +339,9 @@ def test_coco_names_and_probabilities_of_colours(tmp_path: Path) -> None:
     asked = Benchmark("g", (Entry("a red computer mouse", "colors", facts),), 1, {})
     mouse = {"class": "mouse", "score": 0.9, "box": [0, 0, 1, 1], "color": {"red": 0.6, "blue": 0.4}}
     assert geneval.judge(written(tmp_path / "d.jsonl", line(0, 0, mouse)), asked).right.all()
+    nobody_looked = written(tmp_path / "d.jsonl", line(0, 0, {**mouse, "color": None}))
+    with pytest.raises(ValueError, match="the computer mouse has no color"):
+        geneval.judge(nobody_looked, asked)
 
 
 @pytest.mark.parametrize(
@@ -351,10 +354,11 @@ def test_coco_names_and_probabilities_of_colours(tmp_path: Path) -> None:
         (lambda x: x[0].update(file="../../etc/passwd"), "`file` must be like"),
         (lambda x: x[0].update(file=7), "`file` must be like"),
         (lambda x: x[0].update(detections=None), "`detections` must be a list"),
-        (lambda x: x[0].update(detections=[3]), "object 0 is no object of JSON"),
+        (lambda x: x[0].update(detections=[3]), "object 0: a detection without a `class`: 3"),
         (lambda x: x[0].update(evaluator={}), "`evaluator` must name what looked"),
         (lambda x: x[0].update(evaluator={"detector": "other"}), "several evaluators"),
         (lambda x: x[0]["detections"][0].update(box=[1, 2, 3]), "`box` must be"),
+        (lambda x: x[0]["detections"][0].update(box=[3, 2, 1, 4]), "`box` must be"),
         (lambda x: x[0]["detections"][0].update(box=[1, 2, 3, math.nan]), "`box` must be"),
         (lambda x: x[0]["detections"][0].update(box=[1, 2, 3, 10**400]), "`box` must be"),
         (lambda x: x[0]["detections"][0].update(score=10**400), "`score` must be 0 to 1"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fewstep.evaluate import benchmark, image_sets, scores, sidecar
+from fewstep.evaluate import benchmark, image_sets, looks, scores, sidecar
 from fewstep.evaluate.benchmark import Benchmark, Entry
 
 ASKED = Benchmark("mine", (Entry("a cat", "single_object", {"include": [{"class": "cat", "count": 1}]}), Entry("b")), 2, {})
@@ -119,6 +121,17 @@ def test_damage_is_named(folder: Path) -> None:
     (folder / image_sets.BENCHMARK).write_text("{}")
     with pytest.raises(ValueError, match="is no protocol"):
         image_sets.read(folder)
+
+
+def test_a_picture_that_claims_too_many_pixels_is_named(folder: Path) -> None:
+    """A few bytes can claim any size; every reader of pictures says so in one line."""
+    path = folder / image_sets.file_name(0, 1)
+    head = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head)))
+    with pytest.raises(ValueError, match=r"0001\.png is missing or damaged .*delete it and draw it again"):
+        image_sets.read(folder).image(0, 1)
+    with pytest.raises(ValueError, match=r"0001\.png is missing or damaged .*it is made again"):
+        looks.read(path)
 
 
 def test_grey_and_transparent_images_are_read_as_colour(folder: Path) -> None:

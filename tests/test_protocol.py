@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from fewstep.evaluate.protocol import Protocol, noise_index, shapes_protocol, swapped
+from fewstep.evaluate.benchmark import noise_index
+from fewstep.evaluate.protocol import Protocol, shapes_protocol, swapped
 from fewstep.worlds.shapes.grammar import TASKS, Ask, parse
 from fewstep.worlds.shapes.prompts import Prompt, is_held_out, split_of
 from fewstep.worlds.shapes.scene import Wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import threading
@@ -64,7 +65,30 @@ def test_an_image_by_url_can_be_fetched_without_the_key(url: str, official: open
     fetched = httpx.get(answer.data[0].url)
     assert fetched.headers["content-type"] == "image/jpeg"
     assert np.abs(pixels(fetched.content)[0, 0].astype(int) - colour("x", 1)).max() <= 4
+    assert fetched.headers["cross-origin-resource-policy"] == "cross-origin", "a page elsewhere may show it"
+    assert httpx.get(url).headers["cross-origin-resource-policy"] == "same-origin"
     assert httpx.get(answer.data[0].url + "x").status_code == 404
+
+
+def test_what_can_be_fetched_can_be_asked_for_without_its_body(url: str, official: openai.OpenAI) -> None:
+    answer = official.images.generate(prompt="x", response_format="url")
+    assert answer.data and answer.data[0].url
+    for place in (answer.data[0].url, f"{url}/healthz", f"{url}/"):
+        head, got = httpx.head(place), httpx.get(place)
+        assert (head.status_code, head.content, head.headers["content-length"]) == (200, b"", str(len(got.content)))
+    assert httpx.head(f"{url}/v1/models").status_code == 401, "as a GET"
+    assert httpx.head(f"{url}{PATH}", headers={"Authorization": "Bearer secret"}).status_code == 405
+
+
+def test_images_are_kept_by_the_event_loop_alone(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = Store.put
+
+    def kept(self: Store, *given: Any) -> str:
+        asyncio.get_running_loop()  # raises in any other thread
+        return put(self, *given)
+
+    monkeypatch.setattr(Store, "put", kept)
+    assert client.post(PATH, json={"prompt": "x", "n": 2, "response_format": "url"}).status_code == 200
 
 
 def test_the_official_client_sees_every_step(official: openai.OpenAI) -> None:
@@ -151,8 +175,9 @@ def test_what_is_wrong_is_refused_with_the_fix(
 
 def test_what_has_no_effect_is_said(client: TestClient) -> None:
     body = {"prompt": "x", "quality": "hd", "style": "vivid", "user": "me", "moderation": "low", "negative_prompt": "y"}
+    body |= {"safety_identifier": "me"}
     told = client.post(PATH, json={**body, "guidance_scale": 1, "size": "32x32"}).json()["data"][0]["fewstep"]
-    for word in ("quality", "style", "user", "moderation", "negative prompt", "32x32"):
+    for word in ("quality", "style", "user", "safety_identifier", "moderation", "negative prompt", "32x32"):
         assert any(word in warning for warning in told["warnings"]), word
     told = client.post(PATH, json={"prompt": "x", "guidance_scale": 5}).json()["data"][0]["fewstep"]
     assert told["guidance_scale"] == 5 and any("guidance" in warning for warning in told["warnings"])
@@ -173,6 +198,29 @@ def test_a_png_carries_what_it_was_made_with_and_replay_reads_it(client: TestCli
     told = png.read(tmp_path / "image.png")
     assert (told.ask.prompt, told.ask.seed, told.ask.steps, told.weights) == (prompt, 3, 4, "5eed" * 16)
     assert told.grid == GRID and tuple(told.image[0, 0]) == colour(prompt, 3)
+
+
+def test_a_png_says_in_which_type_it_was_drawn_and_is_replayed_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fewstep.recipes import generate
+
+    with TestClient(app({"painter": Painter(dtype="bfloat16")})) as client:
+        entry = client.post(PATH, json={"prompt": "x", "seed": 3}).json()["data"][0]
+    assert entry["fewstep"]["dtype"] == "bfloat16"
+    (tmp_path / "image.png").write_bytes(base64.b64decode(entry["b64_json"]))
+    asked: dict[str, Any] = {}
+
+    def open_engine(source: str, **given: Any) -> Any:
+        asked.update(given)
+        raise ValueError("no more is needed")
+
+    monkeypatch.setattr(generate, "open_engine", open_engine)
+    with pytest.raises(ValueError, match="no more"):
+        generate.replay(tmp_path / "image.png", "folder")
+    assert asked["dtype"] == "bfloat16"
+    told = generate.png.read(tmp_path / "image.png")
+    assert told.environment == {"dtype": "bfloat16"}
+    said = generate.show(generate.Replayed(told, told.image, 2, 1, [], edited=False))
+    assert "does not say on which versions" in said, "of what the file does not tell no more is said"
 
 
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
@@ -230,6 +278,14 @@ def test_a_rate_is_refilled_evenly_and_forgets_old_clients(monkeypatch: pytest.M
     assert len(rates._buckets) == 10_000
 
 
+def test_a_wait_is_rounded_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who comes back as told is not refused again."""
+    monkeypatch.setattr(Rates, "wait", lambda *_: 1.33)  # of 45 a minute
+    with TestClient(app({"painter": Painter()}, Settings(rate=45))) as client:
+        answer = client.post(PATH, json={"prompt": "x"})
+        assert answer.headers["retry-after"] == "2" and "try again in 2 s" in answer.json()["error"]["message"]
+
+
 def test_kept_images_expire_and_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("fewstep.serve.service.time.monotonic", lambda: now)
@@ -285,6 +341,9 @@ def test_health_figures_and_the_description_of_the_api(client: TestClient) -> No
     docs = client.get("/docs").text
     assert "num_inference_steps" in docs and "http" not in docs.replace("http://testserver/", "").replace('"/', "")
     assert "curl http://testserver/v1/images/generations" in docs
+    fields = described["components"]["schemas"]
+    assert fields["ImageRequest"]["properties"]["n"]["anyOf"][0]["maximum"] == 10, "this server's own bound"
+    assert "integer 1 to 10<" in docs and fields["Txt2Img"]["properties"]["n_iter"]["anyOf"][0]["maximum"] == 10
     line = client.app.state.service.lines["painter"]  # type: ignore[attr-defined]
     line.broken = "no memory"
     assert client.get("/healthz").json()["models"]["painter"]["broken"] == "no memory"
@@ -324,6 +383,9 @@ def test_settings_and_names_that_cannot_work_are_refused() -> None:
         Settings(timeout_s=float("nan"))
     with pytest.raises(ValueError, match="batch = 0"):
         Settings(batch=0)
+    for name, value, fix in (("rate", -1, "0 or more"), ("timeout_s", 0, "more than 0"), ("batch_wait_ms", -1, "0 or more")):
+        with pytest.raises(ValueError, match=f"^{name} = {value}: give {fix}"):
+            Settings(**{name: value})
     with pytest.raises(ValueError, match="needs a model"):
         app({})
     with pytest.raises(ValueError, match="letters without /"):

@@ -24,7 +24,8 @@ from fewstep.serve.workers import Process, Spec
 from fewstep.worlds.shapes import STUDENT_4
 
 
-def test_the_command_draws_keeps_conditions_and_ends_cleanly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_draws_keeps_conditions_and_ends_cleanly(tmp_path: Path, ending: signal.Signals) -> None:
     from fewstep.serve.engine import open_engine
 
     cache = tmp_path / "cache"
@@ -49,7 +50,7 @@ def test_the_command_draws_keeps_conditions_and_ends_cleanly(tmp_path: Path) -> 
         assert any(path.is_file() for path in cache.rglob("*")), "--cache reaches the worker"
         example = httpx.get(f"{told[1]}/docs").text
         assert f"{told[1]}/v1/images/generations" in example
-        started.send_signal(signal.SIGINT)
+        started.send_signal(ending)
         out, err = started.communicate(timeout=30)
     finally:
         started.kill()
@@ -84,6 +85,21 @@ def test_every_argument_that_is_a_path_reaches_the_opener_as_one() -> None:
             await hand.close()
 
     assert asyncio.run(opened()) == "base=Path cache=Path dtype=str teacher=Path"
+
+
+def test_it_ends_cleanly_while_models_are_opened() -> None:
+    places = os.pathsep.join(place for place in sys.path if place)
+    code = "from fewstep.cli import main; main()"
+    words = [sys.executable, "-c", code, "serve", "--port", "0"]
+    started = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": places})
+    try:
+        assert started.stderr is not None and started.stderr.readline().startswith("opening")
+        started.send_signal(signal.SIGTERM)
+        _, err = started.communicate(timeout=30)
+    finally:
+        started.kill()
+        started.wait(10)
+    assert started.returncode == 0 and "Traceback" not in err and err.splitlines()[-1] == "stopped", err
 
 
 def test_threads_leave_the_server_a_core(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,19 +158,51 @@ def test_an_image_that_is_not_kept_yet_does_not_shift_the_history(page: Any) -> 
         assert current == f"{newest}, seed 7"
 
 
-def test_the_history_and_the_link_keep_all_that_an_image_was_made_with(page: Any) -> None:
+def test_the_history_and_the_link_keep_all_that_an_image_was_made_with(page: Any, painters: dict[str, Painter]) -> None:
     page.select_option("#model", "teacher")
     page.fill("#seed", "4")
     page.fill("#prompt", "x")
     done(page)
     page.locator("#history button").wait_for()
     page.fill("#negative", "y")
+    page.fill("#guidance", "7")
+    page.fill("#steps", "3")
+    page.select_option("#size", "48x48")
     playwright.expect(page.locator("#history button")).to_have_count(2)
-    page.reload()
-    page.locator("#examples button").first.wait_for(state="attached")
-    playwright.expect(page.locator("#model")).to_have_value("teacher")
+    drawn = painters["teacher"].batches[-1]
+    page.reload()  # which leaves the link alone
+    done(page)
+    assert painters["teacher"].batches[-1] == drawn
+    (ask,) = drawn
+    assert (ask.prompt, ask.seed, ask.negative_prompt, ask.guidance_scale) == ("x", 4, "y", 7.0)
+    assert (ask.steps, ask.width, ask.height) == (3, 48, 48)
+    page.fill("#negative", "z")
     page.locator("#history button").first.click()
-    assert page.input_value("#negative") == "y"
+    assert [page.input_value(f"#{name}") for name in ("negative", "guidance", "steps", "size")] == ["y", "7", "3", "48x48"]
+
+
+def test_an_empty_seed_is_a_random_one_and_the_same_for_both_models(page: Any, painters: dict[str, Painter]) -> None:
+    page.fill("#seed", "")
+    page.fill("#prompt", "x")
+    done(page)
+    page.select_option("#other", "teacher")
+    done(page, "same noise")
+    seeds = [painters[name].batches[-1][0].seed for name in ("student", "teacher")]
+    assert seeds[0] == seeds[1] != 0 and page.input_value("#seed") == "", "who is about to write one is left alone"
+    playwright.expect(page.locator("#facts")).to_contain_text(str(seeds[0]))
+
+
+def test_keys_that_belong_to_an_input_method_are_left_to_it(page: Any) -> None:
+    page.fill("#prompt", "one")
+    done(page)
+    page.locator("#history button").wait_for()
+    page.fill("#prompt", "two words in the making")
+    press = """() => {
+      const event = new KeyboardEvent("keydown", { key: "ArrowUp", isComposing: true, bubbles: true, cancelable: true });
+      document.getElementById("prompt").dispatchEvent(event);
+      return event.defaultPrevented;
+    }"""
+    assert page.evaluate(press) is False and page.input_value("#prompt") == "two words in the making"
 
 
 def test_two_models_draw_from_the_same_noise_side_by_side(page: Any, painters: dict[str, Painter]) -> None:
@@ -223,12 +255,21 @@ def test_words_of_a_prompt_are_text_and_nothing_else(page: Any) -> None:
     assert page.locator("#history img").first.get_attribute("alt") == f"{prompt}, seed 1"
 
 
-def test_a_server_with_a_key_asks_for_it(browser: Any) -> None:
-    with running(app({"student": Painter()}, Settings(api_key="open sesame"))) as url:
+@pytest.mark.parametrize("key", ["open sesame", "sécret:", "ключ"])
+def test_a_server_with_a_key_asks_for_it_and_says_when_it_is_wrong(browser: Any, key: str) -> None:
+    with running(app({"student": Painter()}, Settings(api_key=key))) as url:
         page = browser.new_page()
         page.goto(url)
-        page.fill("#key", "open sesame")
+        page.locator("#unlock").wait_for()
+        playwright.expect(page.locator("#problem")).to_be_hidden()
+        page.fill("#key", "wrong")
         page.keyboard.press("Enter")
+        playwright.expect(page.locator("#problem")).to_have_text("This key is not the server's.")
+        assert page.evaluate("sessionStorage.getItem('fewstep-key')") is None
+        page.keyboard.type(key)  # over the wrong one
+        page.keyboard.press("Enter")
+        page.locator("#examples button").first.wait_for()
+        playwright.expect(page.locator("#problem")).to_be_hidden()
         page.fill("#seed", "2")
         page.fill("#prompt", "x")
         wait_for_colour(page, colour("x", 2))

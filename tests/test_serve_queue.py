@@ -288,6 +288,68 @@ class Mortal(InProcess):
     async def gone(self) -> None:
         await self.ended.wait()
 
+    async def close(self) -> None:
+        self.ended.set()
+
+
+def test_an_engine_that_fails_at_everything_is_opened_again(tmp_path: Path) -> None:
+    async def work() -> None:
+        line = await opened(Line("painter", [Process(Spec("spoilt", {"mark": str(tmp_path / "m")}, OPENER))], wait_s=0.0))
+        with pytest.raises(RuntimeError, match="in the engine"):
+            await line.collect(line.put(filled(line, asks(1))), 10)
+        assert line.restarts == 0, "it may have been for that image alone"
+        (made,) = await line.collect(line.put(filled(line, asks(1))), 20)
+        assert tuple(made.image[0, 0]) == colour("prompt 0", 0) and line.restarts == 1
+        await line.close()
+
+    run(work())
+
+
+def test_images_that_cannot_be_drawn_among_others_end_no_worker() -> None:
+    async def work() -> None:
+        painter = Painter()
+        painter.fails = lambda ask: ask.seed == 1
+        line = await opened(line_of(painter, batch=1))
+        for _ in range(4):
+            good, bad = (line.put(filled(line, [ask])) for ask in asks(2))
+            await line.collect(good, 10)
+            with pytest.raises(RuntimeError):
+                await line.collect(bad, 10)
+        assert line.restarts == 0 and line.alive() == 1
+        await line.close()
+
+    run(work())
+
+
+def test_a_worker_that_would_draw_another_model_is_not_let_in() -> None:
+    async def work() -> None:
+        old, new = Mortal(Painter(step_s=0.01)), Mortal(Painter())
+        line = await opened(Line("painter", [old, new], batch=1, wait_s=0.0))
+        new.engine.contract = new.engine.contract._replace(weights="beef" * 16)  # its folder is written anew, and it dies
+        new.ended.set()
+        await asyncio.sleep(0.01)
+        assert line.alive() == 1 and "folder has changed" in line.broken and line.contract.weights == "5eed" * 16
+        jobs = line.put(filled(line, asks(4)))
+        await line.collect(jobs, 10)
+        assert not new.engine.batches and {job.by.weights for job in jobs} == {"5eed" * 16}
+        await line.close()
+        with pytest.raises(ValueError, match="folder has changed"):
+            await Line("painter", [InProcess(Painter()), InProcess(Painter(weights="beef" * 16))]).start()
+
+    run(work())
+
+
+def test_a_job_knows_the_type_that_its_own_worker_computes_in() -> None:
+    async def work() -> None:
+        hands = [InProcess(Painter(step_s=0.01, dtype=name)) for name in ("float32", "bfloat16")]
+        line = await opened(Line("painter", hands, batch=1, wait_s=0.0))
+        jobs = line.put(filled(line, asks(2)))
+        await line.collect(jobs, 10)
+        assert [job.by.dtype for job in jobs] == ["float32", "bfloat16"]
+        await line.close()
+
+    run(work())
+
 
 @pytest.mark.parametrize("ticks", range(5))
 def test_no_request_is_lost_when_a_worker_dies_while_a_batch_waits(ticks: int) -> None:

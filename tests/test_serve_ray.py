@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from serving import pixels64
+from serving import Painter, pixels64
 
 from fewstep.serve.ray_app import deployment
 
@@ -37,7 +38,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ray.shutdown()
 
 
-def test_a_deployment_answers_with_the_engines_own_image(cluster: None) -> None:
+def test_a_deployment_answers_with_the_engines_own_image(cluster: None, tmp_path: Path) -> None:
     from ray import serve
 
     from fewstep.serve.contract import Ask
@@ -46,12 +47,14 @@ def test_a_deployment_answers_with_the_engines_own_image(cluster: None) -> None:
     from fewstep.worlds.shapes import STUDENT_4
 
     options = {"num_cpus": 1, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
-    serve.run(deployment({"student": "bundled"}, Settings(max_n=2), ray_actor_options=options))
+    given = {"dtype": "float32", "cache": str(tmp_path / "cache")}
+    serve.run(deployment({"student": "bundled"}, Settings(max_n=2), arguments=given, ray_actor_options=options))
     url = f"http://127.0.0.1:{PORT}"
     body = {"prompt": "a large red circle", "seed": 5}
     answer = httpx.post(f"{url}/v1/images/generations", json=body, timeout=60).json()
     own = open_engine(STUDENT_4).draw([Ask("a large red circle", seed=5)])[0].image
     assert np.abs(pixels64(answer["data"][0]["b64_json"]).astype(int) - own).max() <= 1
+    assert any(path.is_file() for path in (tmp_path / "cache").rglob("*")), "arguments reach the engine"
     assert httpx.post(f"{url}/v1/images/generations", json={**body, "n": 3}).status_code == 400
     assert httpx.get(f"{url}/healthz").json()["status"] == "ready"
     with httpx.stream("POST", f"{url}/v1/images/generations", json={**body, "stream": True, "partial_images": 3}) as stream:
@@ -65,6 +68,29 @@ def test_a_deployment_answers_with_the_engines_own_image(cluster: None) -> None:
 
     assert not usage_lib.usage_stats_enabled(), "nothing is reported"
 
+
+
+def test_a_replica_opens_its_models_with_the_openers_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fewstep.serve import ray_app
+    from fewstep.serve.service import Settings
+
+    opened: list[tuple[str, dict[str, object]]] = []
+
+    def open_engine(source: str, **given: object) -> Painter:
+        opened.append((source, given))
+        return Painter()
+
+    monkeypatch.setattr("fewstep.serve.engine.open_engine", open_engine)
+    replica = ray_app.Replica()
+    replica.app = ray_app._builder({"mine": "x"}, Settings(), {"dtype": "bfloat16", "teacher": "t", "base": "b"})()
+    assert opened == [("x", {"dtype": "bfloat16", "teacher": Path("t"), "base": Path("b")})]
+    replica.check_health()
+    line = replica.app.state.service.lines["mine"]
+    line.broken = "its engine failed"
+    replica.check_health()  # it still draws
+    asyncio.run(line.close())
+    with pytest.raises(RuntimeError, match="mine is down: its engine failed"):
+        replica.check_health()
 
 
 def test_no_model_is_refused() -> None:

@@ -171,6 +171,14 @@ def test_a_form_gives_way_to_the_contract_and_is_told(client: TestClient) -> Non
     assert (info["steps"], info["cfg_scale"], info["sd_model_name"]) == (20, 7, "teacher") and info["warnings"] == []
 
 
+@pytest.mark.parametrize("body", [{"steps": "4"}, {"steps": 4.0}, {"width": "32"}, {"cfg_scale": "1"}, {"seed": "-1"}])
+def test_numbers_of_another_type_are_read_as_the_web_ui_reads_them(client: TestClient, body: dict[str, Any]) -> None:
+    answer = client.post(PATH, json={"prompt": "x", **body})
+    assert answer.status_code == 200, answer.text
+    (name, given), parameters = *body.items(), answer.json()["parameters"]
+    assert parameters[name] == float(given) or name == "seed"
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -183,6 +191,8 @@ def test_a_form_gives_way_to_the_contract_and_is_told(client: TestClient) -> Non
         ({"infotext": "Steps: 3"}, "infotext"),
         ({"override_settings": {"eta_noise_seed_delta": 3}}, "eta_noise_seed_delta"),
         ({"init_images": ["x"]}, "unknown field 'init_images'"),
+        ({"hires_anything": 9}, "unknown field 'hires_anything'"),
+        ({"hr_anything": 9}, "unknown field 'hr_anything'"),
         ({"batch_size": 100}, "at most 10"),
         ({"width": 65}, "the nearest is 64"),
         ({"prompt": " "}, "prompt is empty"),
@@ -212,7 +222,7 @@ def test_a_model_is_listed_chosen_and_used(client: TestClient) -> None:
 
 
 def test_progress_tells_steps_but_shows_nobodys_image(client: TestClient) -> None:
-    from fewstep.serve.queue import Batch
+    from fewstep.serve.jobs import Batch
 
     idle = client.get("/sdapi/v1/progress").json()
     assert idle["progress"] == 0 and idle["state"]["job_count"] == 0 and idle["current_image"] is None

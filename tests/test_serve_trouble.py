@@ -123,6 +123,16 @@ def test_models_are_opened_at_the_same_time() -> None:
     asyncio.run(asyncio.wait_for(start(made), 5))
 
 
+def test_an_engine_in_this_process_that_fails_at_everything_is_no_longer_ready() -> None:
+    painter = Painter()
+    painter.fails = lambda ask: True
+    with TestClient(app({"painter": painter})) as client:
+        codes = [client.post(PATH, json={"prompt": "x"}).json()["error"]["code"] for _ in range(3)]
+        assert codes == ["engine_failed", "model_down", "model_down"]
+        health = client.get("/healthz")
+        assert health.status_code == 503 and "start that again" in health.json()["models"]["painter"]["broken"]
+
+
 def test_a_text_with_nul_keeps_its_end(client: TestClient) -> None:
     entry = client.post(PATH, json={"prompt": "a\0b", "seed": 3}).json()["data"][0]
     text = Image.open(io.BytesIO(base64.b64decode(entry["b64_json"]))).text  # type: ignore[attr-defined]

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from fewstep.evaluate import image_sets, sidecar
+from fewstep.evaluate import geneval, image_sets, sidecar
 from fewstep.evaluate.benchmark import Benchmark, Entry
 from fewstep.evaluate.image_sets import ImageSet
 from fewstep.recipes import scoring
@@ -165,22 +165,33 @@ def test_answers_that_are_not_what_was_asked_for(images: ImageSet, tmp_path: Pat
     good = {"class": "cup", "score": 0.9, "box": [0, 0, 5, 5]}
     for key, value, said in (
         ("detections", None, 'no list of "detections"'),
-        ("detections", [{**good, "class": 3}], 'a detection without a "class"'),
-        ("detections", [{**good, "box": [5, 0, 0, 5]}], r'"box" must be \[x1, y1, x2, y2\]'),
-        ("detections", [{**good, "box": [0, 0, 5, float("nan")]}], r'"box" must be'),
-        ("detections", [{**good, "score": 1.5}], '"score" of a detection must be 0 to 1, not 1.5'),
-        ("detections", [{**good, "score": True}], '"score" of a detection must be 0 to 1, not True'),
-        ("detections", [{**good, "color": 4}], '"color" of a detection must be a word, not 4'),
+        ("detections", [{**good, "class": 3}], "object 0: a detection without a `class`"),
+        ("detections", [good, {**good, "box": [5, 0, 0, 5]}], r"object 1: `box` must be \[left, top, right, bottom\]"),
+        ("detections", [{**good, "box": [0, 0, 5, float("nan")]}], "object 0: `box` must be"),
+        ("detections", [{**good, "score": 1.5}], "object 0: `score` must be 0 to 1, not 1.5"),
+        ("detections", [{**good, "score": True}], "object 0: `score` must be 0 to 1, not True"),
+        ("detections", [{**good, "color": 4}], "object 0: `color` must be a name, or a probability of each name, not 4"),
+        ("detections", [{**good, "color": {"red": "high"}}], "object 0: `color` must be a name"),
         ("score", "high", '"score" must be a finite number, not high'),
         ("score", float("inf"), '"score" must be a finite number, not inf'),
         ("score", 10**400, '"score" must be a finite number, not 1000'),
-        ("detections", [{**good, "box": [0, 0, 5, 10**400]}], r'"box" must be'),
+        ("detections", [{**good, "box": [0, 0, 5, 10**400]}], "object 0: `box` must be"),
     ):
         reply = f"[say({{'id': r['id'], {key!r}: json.loads({json.dumps(json.dumps(value))})}}) for r in asked()]"
         words = script(tmp_path, HELLO, reply)
         with pytest.raises(ValueError, match=f"answered badly about 00000/samples/0000.png: {said}"):
             ask(images, words, tmp_path / "kept", sidecar.detected if key == "detections" else sidecar.scored)
     assert len((tmp_path / "kept").read_text().splitlines()) == 1  # the evaluator alone: no such answer is kept
+
+
+def test_detections_are_of_the_form_that_a_file_of_them_has(tmp_path: Path) -> None:
+    cup = {"class": "cup", "score": 0.9, "box": [0, 0, 5, 5]}
+    found = [cup, *({**cup, "color": color} for color in ("red", {"red": 0.6, "blue": 0.4}, None))]
+    assert sidecar.detected({"detections": found})["detections"] == found
+    asked = Benchmark("g", (Entry("a cup", "single_object", {"include": [{"class": "cup", "count": 1}]}),), 1, {})
+    row = {"file": "00000/samples/0000.png", "detections": found, "evaluator": {"sidecar": "test"}}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row))
+    assert geneval.judge(tmp_path / "d.jsonl", asked).right.all()
 
 
 def test_an_answer_cannot_pass_for_another_file_or_evaluator(images: ImageSet, tmp_path: Path) -> None:

@@ -170,6 +170,29 @@ def test_bounds_stand_only_where_no_prompt_differs() -> None:
     assert found["colors"] == plain["colors"] and found[OVERALL] == plain[OVERALL] and found["position"].lo < 1
 
 
+def test_tasks_that_agree_inside_but_not_with_each_other_have_a_bound_that_holds_them_all() -> None:
+    """One pooled bound is too narrow there: it puts what was not seen evenly into tasks that differ."""
+    from scipy.stats import binomtest
+
+    def overall(values: np.ndarray, tasks: list[str]) -> Estimate:
+        return with_bounds(bootstrap(values, tasks, draws=50), values, tasks, 0, 1)[OVERALL]
+
+    few = overall(np.array([[1], [1], [0], [1], [0], [1]], float), list(GENEVAL_TASKS))
+    exact = binomtest(4, 6).proportion_ci(0.95, "exact")
+    assert few.mean == pytest.approx(4 / 6) and few.lo <= exact.low and exact.high <= few.hi
+    twelve = [task for task in GENEVAL_TASKS for _ in range(12)]
+    one_fails = overall(np.array([[float(task != GENEVAL_TASKS[2])] * 2 for task in twelve]), twelve)
+    alone = unseen(0.0, 12, 0, 1).hi  # the task that failed may be right that often, and no other below 1
+    assert one_fails.hi >= (5 + alone) / 6 and one_fails.lo < one_fails.mean == pytest.approx(5 / 6)
+
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(200):  # the whole is right on 50 %, each task on its own share
+        right = (rng.random((6, 1)) < np.linspace(0.1, 0.9, 6)[:, None]).astype(float)
+        estimate = overall(right, list(GENEVAL_TASKS))
+        held += estimate.lo <= 0.5 <= estimate.hi
+    assert held / 200 >= 0.95
+
+
 def test_bounds_help_where_hardly_anything_fails() -> None:
     """Not to 95 %: a benchmark that shows a single failure has a percentile interval, which is too short."""
     rng, held, plain = np.random.default_rng(0), 0, 0

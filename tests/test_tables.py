@@ -297,6 +297,18 @@ def test_folders_and_files_become_tables(sets: dict[str, Path], tmp_path: Path) 
     assert against["same"] == 0 and against["worse"] < 0
 
 
+def test_files_of_scores_are_taken_as_compare_takes_them(sets: dict[str, Path], tmp_path: Path) -> None:
+    alone = tmp_path / "worse.json"
+    alone.write_text((sets["worse"] / scores.FILE).read_text())
+    out = gathering.run([str(sets["teacher"] / scores.FILE), str(sets["same"]), str(alone)], tmp_path / "out")
+    data = json.loads((out.parent / "tables.json").read_text())
+    assert [r["arm"] for r in data["quality"]] == ["teacher", "same", "worse"]
+    assert gathering.scored(sets["teacher"] / scores.FILE) == sets["teacher"]  # whose images are then looked at, too
+    alone.write_text("{}")
+    with pytest.raises(ValueError, match=r"worse.json is damaged or of another version .*fewstep eval"):
+        gathering.run([str(alone)], tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [(None, "cannot be read"), ("{", "is no JSON"), ("[]", "something else"), ('{"seconds": {}}', "another version")],

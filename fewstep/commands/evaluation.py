@@ -97,9 +97,9 @@ def compare(
     metric: str | None = None,
     worth: float | None = None,
     json: bool = False,
-    share: float = 0.7,
-    correlation: float = 0.25,
-    seeds: int = 4,
+    share: float | None = None,
+    correlation: float | None = None,
+    seeds: int | None = None,
 ) -> None:
     """Say what sets of images differ in: the first is the baseline; all must answer the same protocol.
 
@@ -112,13 +112,19 @@ def compare(
         metric: such as strict, geneval or clip_score; the protocol's own by default.
         worth: a difference worth finding, in points or in the metric's units: says how many prompts it takes; 1 point.
         json: print it as JSON.
-        share: of right images, for planning without a set.
-        correlation: between images of one prompt, likewise.
-        seeds: images of each prompt, likewise.
+        share: of right images, for planning without a set; 0.7.
+        correlation: between images of one prompt, likewise; 0.25.
+        seeds: images of each prompt, likewise; 4.
     """
     from fewstep.recipes import comparison
 
+    assumed = {"share": share, "correlation": correlation, "seeds": seeds}
+    given = [f"--{name}" for name, value in assumed.items() if value is not None]
+    if given and (sets or worth is None):
+        raise ValueError(f"{', '.join(given)}: only for planning, with --worth and without a set, whose own numbers count")
     if worth is not None and len(sets) < 2:
+        if json or (metric is not None and not sets):
+            raise ValueError(f"--{'json' if json else 'metric'} is for sets to compare: what is planned without has none")
         print(comparison.plan(worth, share, correlation, seeds, sets[0] if sets else None, metric))
         return
     text, record = comparison.run(sets, metric, worth)

@@ -9,6 +9,7 @@ from typing import Literal
 import tyro
 
 from fewstep import commands
+from fewstep.engine import loading
 
 SHOWN = 8  # paths that are printed
 
@@ -65,9 +66,10 @@ def generate(
         cache: folder in which text conditions are kept, so that a known prompt needs no text encoder.
         compile: compile the denoiser first, which takes a minute or more: fewer calls on a GPU; on a CPU often no faster.
     """
-    from fewstep.recipes import generate as drawing
-    from fewstep.serve.contract import ADDRESSES
-    from fewstep.serve.engine import Ask, open_engine
+    with loading.libraries():
+        from fewstep.recipes import generate as drawing
+        from fewstep.serve.contract import ADDRESSES
+        from fewstep.serve.engine import Ask, open_engine
 
     commands.prepare()
     texts, (width, height) = drawing.prompts_of(prompt, prompts, sys.stdin), drawing.size_of(size)
@@ -117,7 +119,8 @@ def replay(
         teacher: folder of the teacher, for a LoRA.
         base: folder of the student that an export was made of.
     """
-    from fewstep.recipes import generate as drawing
+    with loading.libraries():
+        from fewstep.recipes import generate as drawing
 
     commands.prepare()
     found = drawing.replay(image, model, teacher, base)

@@ -160,6 +160,7 @@ def _threads(workers: int) -> int:
 def _run(processes: dict[str, list[Process]], settings: Settings, host: str, port: int, forwarded: str) -> None:
     """Open the models, then listen, until the user ends it."""
     import asyncio
+    import signal
 
     from fewstep.serve import server
 
@@ -180,8 +181,15 @@ def _run(processes: dict[str, list[Process]], settings: Settings, host: str, por
         finally:
             told.cancel()
 
-    with suppress(KeyboardInterrupt):  # the listener has ended by then; where the shell ignores it, none is raised
-        asyncio.run(until_ended())
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)  # of service managers: ends it as Ctrl-C does
+    try:
+        with suppress(KeyboardInterrupt):  # the listener has ended by then; where the shell ignores it, none is raised
+            asyncio.run(until_ended())
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print("stopped", file=sys.stderr)
 
 

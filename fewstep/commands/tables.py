@@ -81,7 +81,7 @@ def tables(
     Example: fewstep tables --models teacher bundled --out runs/tables
 
     Args:
-        sets: folders of image sets that `fewstep eval` has scored, or models.
+        sets: folders of image sets that `fewstep eval` has scored, or their scores.json, or models.
         out: folder of tables.html, .md, .csv, .json and the figure.
         models: models to draw, score and measure, such as teacher, bundled or a folder.
         system: files that `fewstep measure` wrote.

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from fewstep.engine import files
 
 FORMAT = 1
 MAX_SEEDS = 1000  # image number = 1000 prompt number + seed number
@@ -97,7 +98,7 @@ class Benchmark:
     @property
     def images(self) -> list[tuple[int, int]]:
         """(prompt number, seed number) of every image, prompts in order and all seeds of one together."""
-        return [(p, s) for p in range(len(self.entries)) for s in range(self.seeds)]
+        return every_image(len(self.entries), self.seeds)
 
     @property
     def categories(self) -> list[str]:
@@ -109,6 +110,11 @@ class Benchmark:
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         counts = {c: self.categories.count(c) for c in dict.fromkeys(self.categories)}
         return {"hash": self.hash, **found, "evaluator": dict(self.evaluator), "entries": counts}
+
+
+def every_image(prompts: int, seeds: int) -> list[tuple[int, int]]:
+    """(prompt number, seed number) of every image, prompts in order and all seeds of one together."""
+    return [(p, s) for p in range(prompts) for s in range(seeds)]
 
 
 def noise_index(prompt: int, seed: int) -> int:
@@ -130,11 +136,7 @@ def asked_and_sampled(benchmark: Benchmark, sampling: Mapping[str, Any]) -> str:
 
 def write(path: Path, benchmark: Benchmark) -> None:
     """Store a benchmark with its hash, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    record = {"format": FORMAT, "hash": benchmark.hash, **asdict(benchmark)}
-    partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    os.replace(partial, path)
+    files.write(path, json.dumps({"format": FORMAT, "hash": benchmark.hash, **asdict(benchmark)}, indent=1))
 
 
 def read(path: Path) -> Benchmark:

@@ -47,7 +47,8 @@ class Comparison:
         metric: as it is called in print.
         verdicts: whether images are right or wrong; else they have a score.
         prompts, seeds: how many of each the whole is made of; `counts`, `wins` and `same` are of these images, too.
-        main: the row of the whole.
+        whole: what the whole is called, `scores.headline`.
+        main: its row.
         rows: every category.
         counts: of images, for verdicts: kept (both right), lost, gained, neither.
         shares: of prompts with one and with all seeds right: the baseline's, then the arm's; None for scores.
@@ -64,6 +65,7 @@ class Comparison:
     verdicts: bool
     prompts: int
     seeds: int
+    whole: str
     main: Row
     rows: dict[str, Row]
     counts: dict[str, int]
@@ -116,7 +118,7 @@ def compare(records: Sequence[Mapping[str, Any]], metric: str, worth: float | No
             standard deviation of the baseline's images for scores.
 
     Raises:
-        ValueError: fewer than two records, or `worth` not above 0.
+        ValueError: fewer than two records, or `worth` out of range.
     """
     if len(records) < 2:
         raise ValueError("a comparison needs two sets: a baseline and another")
@@ -124,8 +126,9 @@ def compare(records: Sequence[Mapping[str, Any]], metric: str, worth: float | No
     values = [np.asarray(r["metrics"][metric]["values"], dtype=np.float64) for r in records]
     verdicts = records[0]["metrics"][metric]["kind"] == "verdict"
     aim = worth if worth is not None else 0.01 if verdicts else SPREADS * float(values[0].std()) or 0.01
-    if not aim > 0:
-        raise ValueError(f"a difference worth finding must be above 0, not {aim}")
+    if not aim > 0 or (verdicts and aim > 1):
+        most = " and at most 1 (100 points)" if verdicts else ""
+        raise ValueError(f"a difference worth finding must be above 0{most}, not {aim:g}")
     main, own = headline(categories), np.array(counted(categories))
     raw = [_rows(values[0], arm, categories, verdicts) for arm in values[1:]]
     adjusted_main = planning.holm([rows[main].p for rows in raw])
@@ -143,6 +146,7 @@ def compare(records: Sequence[Mapping[str, Any]], metric: str, worth: float | No
                 verdicts=verdicts,
                 prompts=int(own.sum()),
                 seeds=arm.shape[1],
+                whole=main,
                 main=_with(rows[main], adjusted_main[i]),
                 rows=settled,
                 counts=_counts(values[0][own], arm[own]) if verdicts else {},
@@ -278,8 +282,7 @@ def _lines(one: Comparison) -> list[str]:
     width = max(len(n) for n in (one.baseline, one.name, "difference"))
     names = f"{one.baseline:>{width}} {one.name:>{width}} {'difference':>{width}}"
     out = [f"  {'':<20} {names} {'interval':>21}  {'adjusted p':>10}"]
-    for name, row in {"": one.main, **one.rows}.items():
-        label = name or "overall"
+    for label, row in {one.whole: one.main, **one.rows}.items():
         a, b = (_figure(x, one.verdicts) for x in (row.baseline, row.mean))
         d, lo, hi = (_figure(x, one.verdicts, sign=True) for x in row.difference)
         mark = " *" if row.found else ""

@@ -83,8 +83,8 @@ def role_swap_joint(outcome: Outcome, scoring: str = "strict") -> tuple[statisti
             pairs.append((i, partner))
     if not pairs:
         return None
-    both = np.array([right[i] & right[j] for i, j in pairs])
-    return statistics.bootstrap(both, ["pairs"] * len(pairs))["pairs"], len(pairs)
+    both, names = np.array([right[i] & right[j] for i, j in pairs]), ["pairs"] * len(pairs)
+    return statistics.with_bounds(statistics.bootstrap(both, names), both, names, 0, 1)["pairs"], len(pairs)
 
 
 def is_open(ask: Ask, attribute: str) -> bool:

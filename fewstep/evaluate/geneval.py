@@ -5,9 +5,9 @@ GenEval's detector needs an environment of its own, so it runs elsewhere and wri
     {"file": "00012/samples/0003.png", "detections": [{"class": "dog", "score": 0.93, "box": [x1, y1, x2, y2],
      "color": "red"}], "evaluator": {"detector": "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco", "colors": "clip ViT-L/14"}}
 
-"color" is one of GenEval's ten or a probability of each, and needed only where a prompt names a colour. The results.jsonl that
-GenEval's own program writes (with "filename" and "correct") is taken, too, with the verdicts that stand in it; the score is
-then called "GenEval (as its results.jsonl says)", because nothing here knows what rules they were made by.
+"color" is one of GenEval's ten or a probability of each, and needed only where a prompt names a colour; null is none. The
+results.jsonl that GenEval's own program writes (with "filename" and "correct") is taken, too, with the verdicts that stand in
+it; the score is then called "GenEval (as its results.jsonl says)", because nothing here knows what rules they were made by.
 """
 
 from __future__ import annotations
@@ -148,6 +148,26 @@ def label(evaluator: Mapping[str, Any]) -> str:
         return "GenEval (as its results.jsonl says)"
     detector = str(evaluator.get("detector") or f"sidecar {evaluator.get('sidecar')}")
     return "GenEval" if detector == OFFICIAL else f"GenEval with {detector}"
+
+
+def detection(item: Any, where: str) -> Found:
+    """One object of a list of detections, whatever its class and colour are called; of several colours the likeliest.
+
+    Raises:
+        ValueError: no class, score from 0 to 1 or box, or a colour of another form; begins with `where`.
+    """
+    if not isinstance(item, dict) or not isinstance(item.get("class"), str):
+        raise ValueError(f"{where}: a detection without a `class`: {str(item)[:120]}")
+    box, score, color = item.get("box"), item.get("score"), item.get("color", "")
+    if not (isinstance(box, list) and len(box) == 4 and all(map(number, box)) and box[0] <= box[2] and box[1] <= box[3]):
+        raise ValueError(f"{where}: `box` must be [left, top, right, bottom] in pixels, not {str(box)[:120]}")
+    if not isinstance(score, int | float) or not number(score) or not 0 <= score <= 1:
+        raise ValueError(f"{where}: `score` must be 0 to 1, not {str(score)[:60]}")
+    if isinstance(color, dict) and color and all(map(number, color.values())):
+        color = max(color, key=lambda c: color[c])
+    if not isinstance(color, str | None):
+        raise ValueError(f"{where}: `color` must be a name, or a probability of each name, not {str(color)[:60]}")
+    return Found(item["class"], float(score), (float(box[0]), float(box[1]), float(box[2]), float(box[3])), color or "")
 
 
 def kept(objects: Sequence[Found], counting: bool, rules: Rules = Rules()) -> dict[str, list[Found]]:
@@ -338,25 +358,16 @@ def _objects(line: Mapping[str, Any], where: str) -> list[Found]:
 
 
 def _object(item: Any, where: str) -> Found:
-    if not isinstance(item, dict):
-        raise ValueError(f"{where} is no object of JSON")
-    name = SAME.get(str(item.get("class")), str(item.get("class")))
+    """A detection in GenEval's own words."""
+    found = detection(item, where)
+    name = SAME.get(found.name, found.name)
     if name not in classes():
         raise ValueError(f"{where}: {name[:40]!r} is none of GenEval's 80 classes: name it as they do, or leave it out")
-    box, score, color = item.get("box"), item.get("score"), item.get("color", "")
-    if not isinstance(box, list) or len(box) != 4 or not all(_number(x) for x in box):
-        raise ValueError(f"{where}: `box` must be [left, top, right, bottom] in pixels")
-    if not isinstance(score, int | float) or not _number(score) or not 0 <= score <= 1:
-        raise ValueError(f"{where}: `score` must be 0 to 1, not {score!r}")
-    if isinstance(color, dict):
-        if not color or not all(_number(p) for p in color.values()):
-            raise ValueError(f"{where}: `color` must be a name, or a probability of each name")
-        color = max(color, key=lambda c: color[c])
-    if color not in ("", *COLORS):
-        raise ValueError(f"{where}: the colour {str(color)[:40]!r} is none of {', '.join(COLORS)}")
-    return Found(name, float(score), (float(box[0]), float(box[1]), float(box[2]), float(box[3])), color)
+    if found.color not in ("", *COLORS):
+        raise ValueError(f"{where}: the colour {found.color[:40]!r} is none of {', '.join(COLORS)}")
+    return found._replace(name=name)
 
 
-def _number(x: Any) -> bool:
+def number(x: Any) -> bool:
     """Whether a value of JSON is a number that floating point holds; integers of JSON may have any length."""
     return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= sys.float_info.max

@@ -12,15 +12,16 @@ when no image is missing; a set that is not is never scored.
 from __future__ import annotations
 
 import json
-import os
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from fewstep.engine import files
 from fewstep.evaluate import benchmark as protocols
 from fewstep.evaluate.benchmark import Benchmark
 
@@ -53,12 +54,7 @@ class ImageSet(NamedTuple):
         Raises:
             ValueError: it is missing or damaged.
         """
-        path = located(self.folder, prompt, seed)
-        try:
-            with Image.open(path) as opened:
-                return np.asarray(opened.convert("RGB"))
-        except (OSError, UnidentifiedImageError, SyntaxError) as error:
-            raise ValueError(f"{path} is missing or damaged ({error}): delete it and draw it again") from error
+        return np.asarray(picture(located(self.folder, prompt, seed), "delete it and draw it again"))
 
 
 def file_name(prompt: int, seed: int) -> str:
@@ -70,6 +66,23 @@ def located(folder: Path, prompt: int, seed: int) -> Path:
     """An image's file in a set: ours, or the one that GenEval's generator wrote; ours where there is none."""
     own, theirs = folder / file_name(prompt, seed), folder / f"{prompt:05d}/samples/{seed:05d}.png"
     return theirs if theirs.is_file() and not own.is_file() else own
+
+
+def picture(path: Path, advice: str) -> Image.Image:
+    """A picture file, whoever made it, as RGB; the texts that it holds stay in `info`.
+
+    Args:
+        path: of the file.
+        advice: what to do about one that cannot be read, for the error.
+
+    Raises:
+        ValueError: missing, damaged, or of more pixels than Pillow opens (a few bytes can claim any number).
+    """
+    try:
+        with Image.open(path) as opened:
+            return opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is missing or damaged ({error}): {advice}") from error
 
 
 def begin(folder: Path, benchmark: Benchmark, sampling: Mapping[str, Any]) -> None:
@@ -92,30 +105,25 @@ def begin(folder: Path, benchmark: Benchmark, sampling: Mapping[str, Any]) -> No
         return
     if missing(folder, benchmark) != [file_name(*image) for image in benchmark.images]:
         raise ValueError(f"{folder} holds images, and nothing says who drew them: give another folder, or score it as it is")
-    folder.mkdir(parents=True, exist_ok=True)
     protocols.write(folder / BENCHMARK, benchmark)
-    _write(folder / SAMPLING, dict(sampling))
+    files.write(folder / SAMPLING, json.dumps(dict(sampling), indent=1))
 
 
 def put(folder: Path, benchmark: Benchmark, prompt: int, seed: int, image: NDArray[np.uint8]) -> None:
     """Store one image (H, W, 3)."""
     path = folder / file_name(prompt, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
     told = path.parent.parent / "metadata.jsonl"
     if not told.is_file():
         entry = benchmark.entries[prompt]
         line = {"prompt": entry.text, "tag": entry.category, **entry.facts}
-        partial = told.with_name(told.name + ".partial")
-        partial.write_text(json.dumps(line) + "\n", encoding="utf-8")
-        os.replace(partial, told)
-    partial = path.with_name(path.name + ".partial")
-    Image.fromarray(image).save(partial, "PNG")
-    os.replace(partial, path)
+        files.write(told, json.dumps(line) + "\n")
+    with files.whole_file(path) as partial:
+        Image.fromarray(image).save(partial, "PNG")
 
 
 def finish(folder: Path, **figures: float) -> None:
     """Add figures of the drawing, such as seconds_per_image, to the arm's record."""
-    _write(folder / SAMPLING, told(folder) | figures)
+    files.write(folder / SAMPLING, json.dumps(told(folder) | figures, indent=1))
 
 
 def told(folder: Path) -> dict[str, Any]:
@@ -177,9 +185,3 @@ def _same_prompts(folder: Path, asked: Benchmark) -> None:
             raise ValueError(f"{path} is damaged ({error!r}): delete it, if the images are of the right prompts") from None
         if text != entry.text:
             raise ValueError(f"{path} says {str(text)[:80]!r}; prompt {number} of {asked.name} is {entry.text!r}")
-
-
-def _write(path: Path, record: Mapping[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    os.replace(partial, path)

@@ -15,9 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
+from fewstep.engine import files
+from fewstep.evaluate.image_sets import picture
+
 FOLDER = "browser"  # of a run's sheets, in its folder
 ENDING, TEACHER = ".sheet.png", "teacher.sheet.png"
 KEY = "fewstep"  # of the text chunk
+AGAIN = "delete it, it is made again"
 LARGE = 256  # pixels of a side, from which on fewer images are kept
 MANY, FEW = (12, 4), (8, 2)  # prompts and seeds that are kept of small images, and of large ones
 
@@ -64,11 +68,9 @@ def write(path: Path, images: NDArray[np.uint8], texts: Sequence[str], about: Ma
     p, s, h, w, _ = images.shape
     told = PngImagePlugin.PngInfo()
     told.add_itxt(KEY, json.dumps({**(about or {}), "prompts": list(texts), "seeds": s}))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     flat = np.ascontiguousarray(images.transpose(0, 2, 1, 3, 4).reshape(p * h, s * w, 3))
-    Image.fromarray(flat).save(partial, "PNG", pnginfo=told)
-    partial.replace(path)
+    with files.whole_file(path) as partial:
+        Image.fromarray(flat).save(partial, "PNG", pnginfo=told)
 
 
 def read(path: Path) -> Sheet:
@@ -77,13 +79,12 @@ def read(path: Path) -> Sheet:
     Raises:
         ValueError: missing, damaged, or a picture that is no sheet.
     """
+    opened = picture(path, AGAIN)
     try:
-        with Image.open(path) as opened:
-            told = json.loads(str(opened.info[KEY]))
-            flat = np.asarray(opened.convert("RGB"))
+        told, flat = json.loads(str(opened.info[KEY])), np.asarray(opened)
         texts, s = [str(text) for text in told.pop("prompts")], int(told.pop("seeds"))
         h, w = flat.shape[0] // len(texts), flat.shape[1] // s
         images = flat.reshape(len(texts), h, s, w, 3).transpose(0, 2, 1, 3, 4)
-    except (OSError, SyntaxError, LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
-        raise ValueError(f"{path} is no sheet of images ({error}): delete it, it is made again") from error
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no sheet of images ({error}): {AGAIN}") from error
     return Sheet(np.ascontiguousarray(images), texts, told)

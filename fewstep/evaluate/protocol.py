@@ -5,19 +5,17 @@ Two scores may be compared only if they were made with the same protocol, so eve
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from fewstep.evaluate.benchmark import MAX_SEEDS, digest, every_image
 from fewstep.worlds.shapes.detect import DETECTOR_VERSION
 from fewstep.worlds.shapes.grammar import TASKS, Task, wordings
 from fewstep.worlds.shapes.prompts import Prompt, Split, protocol_prompts
 from fewstep.worlds.shapes.scene import WORLD_VERSION
 
 PROTOCOL_VERSION = 1  # raise it when noise addresses, true scenes or the meaning of a score change
-MAX_SEEDS = 1000  # image number = 1000 prompt number + seed number, so more would collide
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,12 @@ class Protocol:
     @cached_property
     def hash(self) -> str:
         """sha256, in hexadecimal, of every field as canonical JSON."""
-        text = json.dumps(self._fields(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return digest(self._fields())
 
     @property
     def images(self) -> list[tuple[int, int]]:
         """(prompt number, seed number) of every image, prompts in order and all seeds of one together."""
-        return [(p, s) for p in range(len(self.prompts)) for s in range(self.seeds)]
+        return every_image(len(self.prompts), self.seeds)
 
     def summary(self) -> dict[str, Any]:
         """The protocol without its prompts, as reports show it."""
@@ -77,11 +74,6 @@ class Protocol:
             "detector_version": self.detector_version,
             "version": self.version,
         }
-
-
-def noise_index(prompt: int, seed: int) -> int:
-    """Address of an image's initial noise: the same for every arm of an evaluation."""
-    return MAX_SEEDS * prompt + seed
 
 
 def shapes_protocol(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fewstep.engine import files
 from fewstep.evaluate.benchmark import Benchmark, asked_and_sampled, digest
 from fewstep.evaluate.image_sets import ImageSet, file_name, located
-from fewstep.evaluate.statistics import DRAWS, OVERALL, bootstrap, shares, with_bounds
+from fewstep.evaluate.statistics import DRAWS, OVERALL, Shares, bootstrap, shares, with_bounds
 from fewstep.worlds.shapes.grammar import GENEVAL_TASKS
 
 FORMAT, FILE = 1, "scores.json"
@@ -143,10 +144,10 @@ def images_hash(folder: Path, benchmark: Benchmark) -> str:
     return files_hash([located(folder, *image) for image in benchmark.images])
 
 
-def files_hash(files: Sequence[Path]) -> str:
+def files_hash(paths: Sequence[Path]) -> str:
     """sha256 over the contents of files, in their order."""
     together = hashlib.sha256()
-    for path in files:
+    for path in paths:
         together.update(hashlib.sha256(path.read_bytes()).digest())
     return together.hexdigest()
 
@@ -173,11 +174,8 @@ def begin(images: ImageSet) -> dict[str, Any]:
 
 def write(folder: Path, record: Mapping[str, Any]) -> Path:
     """Store scores, whole or not at all."""
-    path = folder / FILE
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    files.write(folder / FILE, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    return folder / FILE
 
 
 def read(place: Path) -> dict[str, Any]:
@@ -194,16 +192,41 @@ def read(place: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(record, dict) or record["format"] != FORMAT:
             raise ValueError(f"not of format {FORMAT}")
-        shape = (len(record["categories"]), record["benchmark"]["seeds"])
+        asked = record["benchmark"]
         for name, metric in record["metrics"].items():
-            if metric["kind"] != "distance" and np.asarray(metric["values"], dtype=np.float64).shape != shape:
-                raise ValueError(f"{name} does not hold {shape[0]} prompts x {shape[1]} seeds")
-        _ = record["name"], record["benchmark"]["hash"], record["protocol"], record["images"], record["sampling"]
+            _check(str(name), metric, record["categories"], asked["seeds"])
+        texts = [record[key] for key in ("name", "protocol", "images")] + [asked[key] for key in ("name", "hash")]
+        if not all(isinstance(x, str) for x in texts) or not isinstance(record["sampling"], dict):
+            raise ValueError("its name, hashes or sampling are something else")
+        _ = asked["evaluator"].get("scoring")
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): `fewstep eval` of that set writes it") from error
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or of another version ({error}): make it again with `fewstep eval`") from None
     return record
+
+
+def _check(name: str, metric: Mapping[str, Any], categories: Sequence[str], seeds: int) -> None:
+    """Refuse a metric that lacks something that tables and comparisons are made of.
+
+    Raises:
+        ValueError: says which metric, and what; or KeyError or TypeError, with the key.
+    """
+    for key, kind in {"label": str, "hash": str, "evaluator": dict, "table": dict, "warnings": list}.items():
+        if not isinstance(metric[key], kind):
+            raise ValueError(f"{key} of {name} is {str(metric[key])[:40]!r}")
+    if metric["kind"] not in ("verdict", "score", "distance"):
+        raise ValueError(f"{name} is of the kind {str(metric['kind'])[:40]!r}")
+    if metric["kind"] == "distance":
+        numbers = list(metric["table"].values())
+    else:
+        values = np.asarray(metric["values"], dtype=np.float64)
+        if values.shape != (len(categories), seeds) or not np.isfinite(values).all():
+            raise ValueError(f"{name} does not hold {len(categories)} prompts x {seeds} seeds")
+        keys = ("mean", "lo", "hi", "prompts", *(Shares._fields if metric["kind"] == "verdict" else ()))
+        numbers = [row[key] for row in (metric["table"][headline(categories)], *metric["table"].values()) for key in keys]
+    if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
+        raise ValueError(f"the table of {name} holds what is no number")
 
 
 def show(record: Mapping[str, Any]) -> str:

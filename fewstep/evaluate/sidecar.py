@@ -21,12 +21,12 @@ import json
 import os
 import shlex
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fewstep.evaluate import image_sets
+from fewstep.engine import files
+from fewstep.evaluate import geneval, image_sets
 from fewstep.evaluate.benchmark import digest
 from fewstep.evaluate.child import Child
 from fewstep.evaluate.image_sets import ImageSet
@@ -138,24 +138,16 @@ def requests_of(images: ImageSet) -> list[dict[str, Any]]:
 
 
 def detected(answer: Answer) -> Answer:
-    """The detections of an answer.
+    """The detections of an answer, of the form that a file of them has (`geneval.detection`).
 
     Raises:
-        ValueError: a detection without class, score and box.
+        ValueError: none, or one of another form.
     """
     found = answer.get("detections")
     if not isinstance(found, list):
         raise ValueError('no list of "detections"')
-    for item in found:
-        if not isinstance(item, dict) or not isinstance(item.get("class"), str):
-            raise ValueError(f'a detection without a "class": {str(item)[:120]}')
-        box = item.get("box")
-        if not (isinstance(box, list) and len(box) == 4 and all(map(_number, box)) and box[0] <= box[2] and box[1] <= box[3]):
-            raise ValueError(f'"box" must be [x1, y1, x2, y2] in pixels, x1 <= x2 and y1 <= y2, not {str(box)[:120]}')
-        if not _number(item.get("score")) or not 0 <= item["score"] <= 1:
-            raise ValueError(f'"score" of a detection must be 0 to 1, not {str(item.get("score"))[:60]}')
-        if not isinstance(item.get("color", ""), str):
-            raise ValueError(f'"color" of a detection must be a word, not {str(item["color"])[:60]}')
+    for number, item in enumerate(found):
+        geneval.detection(item, f"object {number}")
     return {"detections": found}
 
 
@@ -165,7 +157,7 @@ def scored(answer: Answer) -> Answer:
     Raises:
         ValueError: no finite number as "score".
     """
-    if not _number(answer.get("score")):
+    if not geneval.number(answer.get("score")):
         raise ValueError(f'"score" must be a finite number, not {str(answer.get("score"))[:60]}')
     return answer
 
@@ -176,11 +168,6 @@ def _any(answer: Answer) -> Answer:
 
 def _anyone(told: Mapping[str, Any]) -> None:
     """Every evaluator is welcome."""
-
-
-def _number(value: object) -> bool:
-    """Whether a value of JSON is a number that floating point holds; integers of JSON may have any length."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _object(line: str) -> dict[str, Any] | None:
@@ -247,10 +234,8 @@ class _Keeper:
     ) -> None:
         self.path, self.keys, self.answers = path, keys, answers
         if path is not None:  # anew, so that a line cut off by a kill does not spoil the next one
-            fresh = path.with_name(path.name + ".new")
             lines = [json.dumps({"evaluator": evaluator}), *(self._line(name) for name in answers)]
-            fresh.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            os.replace(fresh, path)
+            files.write(path, "\n".join(lines) + "\n")
 
     def put(self, name: str, answer: Answer) -> None:
         self.answers[name] = answer

@@ -104,7 +104,12 @@ def unseen(value: float, prompts: int, low: float, high: float, level: float = L
 def with_bounds(
     estimates: dict[str, Estimate], values: ArrayLike, tasks: Sequence[str], low: float, high: float
 ) -> dict[str, Estimate]:
-    """Estimates of `bootstrap`, with `unseen` where all prompts of a task agree, and for "overall" where they do in all six.
+    """Estimates of `bootstrap`, with `unseen` where all prompts of a task agree; "overall" has a bound if they do in all six.
+
+    If all six agree on one value, exceptions from it are at most as frequent, in the mean of the tasks, as in 6 n prompts of a
+    single task, n those of the smallest (a geometric mean is at most the arithmetic one): `unseen` again. If each agrees on a
+    value of its own, the mean lies between the means of the tasks' ends, each of a level at which all six hold together
+    (Bonferroni): as sure as it says, and wider than it need be.
 
     Args:
         estimates, values, tasks: what came of them, and what `bootstrap` was given.
@@ -113,9 +118,15 @@ def with_bounds(
     rows, names = _prompt_means(values, tasks), list(tasks)
     own = {name: rows[np.array([t == name for t in names])] for name in dict.fromkeys(names)}
     still = {name: len(x) for name, x in own.items() if np.ptp(x) < 1e-12}
-    if OVERALL in estimates and set(GENEVAL_TASKS) <= set(still):
-        still[OVERALL] = len(GENEVAL_TASKS) * min(still[t] for t in GENEVAL_TASKS)
-    return estimates | {name: unseen(estimates[name].mean, n, low, high) for name, n in still.items()}
+    found = estimates | {name: unseen(estimates[name].mean, n, low, high) for name, n in still.items()}
+    if OVERALL not in estimates or not set(GENEVAL_TASKS) <= set(still):
+        return found
+    count, mean = len(GENEVAL_TASKS), estimates[OVERALL].mean
+    if np.ptp([estimates[t].mean for t in GENEVAL_TASKS]) < 1e-12:
+        return found | {OVERALL: unseen(mean, count * min(still[t] for t in GENEVAL_TASKS), low, high)}
+    level = 1 - (1 - LEVEL) / count
+    parts = [unseen(estimates[t].mean, still[t], low, high, level) for t in GENEVAL_TASKS]
+    return found | {OVERALL: Estimate(mean, float(np.mean([p.lo for p in parts])), float(np.mean([p.hi for p in parts])))}
 
 
 def over_runs(

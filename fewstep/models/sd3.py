@@ -11,13 +11,15 @@ what happens inside a network.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import ModelMixin, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
@@ -32,6 +34,8 @@ from fewstep.flow import Velocity
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 NETWORKS = ("transformer", "vae", *ENCODERS)
+PARTS = (*NETWORKS, *TOKENIZERS, "scheduler")
+LIBRARIES = {"diffusers": (diffusers, "torch_dtype"), "transformers": (transformers, "dtype")}  # and how each says a type
 CLIP_TOKENS = 77  # of SD3's CLIPs
 DECODED_AT_ONCE = 64 * 64  # positions of latents
 TRAIN_TIMESTEPS = 1000.0  # the network's time input is 1000 t
@@ -59,14 +63,32 @@ def load(
     quiet()
     left_out: dict[str, Any] = dict.fromkeys((*without, *absent(folder)))
     try:
-        pipe = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **left_out)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        pipe = StableDiffusion3Pipeline(**_parts(folder, dtype, left_out), **left_out)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{folder} does not open as StableDiffusion3Pipeline: {error}") from error
     for name in NETWORKS:
         network = getattr(pipe, name)
         if network is not None:
             network.requires_grad_(False).eval()
     return pipe
+
+
+def _parts(folder: Path, dtype: torch.dtype, without: Collection[str]) -> dict[str, Any]:
+    """What a pipeline folder's index names, each opened by its own class.
+
+    `StableDiffusion3Pipeline.from_pretrained` does the same, and loads ONNX's runtime, if that is installed, to ask of every
+    part whether it is one of ONNX: 20 MiB.
+    """
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    made = {}
+    for name in PARTS:
+        if name in index and name not in without:
+            origin, called = index[name]
+            library, typed = LIBRARIES[origin]
+            kind = getattr(library, called)
+            given = {typed: dtype} if issubclass(kind, nn.Module) else {}
+            made[name] = kind.from_pretrained(folder / name, local_files_only=True, **given)
+    return made
 
 
 def absent(folder: Path) -> list[str]:

@@ -16,6 +16,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.conditioning import TextCond
+from fewstep.engine import files
 from fewstep.engine.precision import fast_dtype
 from fewstep.models import roles, sd3
 from fewstep.recipes import distil, memory
@@ -128,10 +129,7 @@ def write(file: Path, speed: Speed) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(asdict(speed), indent=1) + "\n", encoding="utf-8")
-    partial.replace(file)
+    files.write(file, json.dumps(asdict(speed), indent=1) + "\n")
 
 
 def read(file: Path, pipeline: Distillation) -> Speed:

@@ -10,6 +10,7 @@ import numpy as np
 
 from fewstep.evaluate import comparison, planning, scores
 
+SHARE, CORRELATION, SEEDS = 0.7, 0.25, 4  # that a comparison is planned with where nothing else is told
 SIZES = (100, 380, 553, 1_000, 5_000)  # prompts: the bundled protocol has 380, GenEval 553
 
 
@@ -39,25 +40,31 @@ def run(places: Sequence[Path], metric: str | None = None, worth: float | None =
 
 def plan(
     worth: float,
-    share: float = 0.7,
-    correlation: float = 0.25,
-    seeds: int = 4,
+    share: float | None = None,
+    correlation: float | None = None,
+    seeds: int | None = None,
     scored: Path | None = None,
     metric: str | None = None,
 ) -> str:
     """How many prompts a comparison needs, before it is made, in words.
 
     Args:
-        worth: the difference to be found, in points.
-        share: of right images, about the same in both arms.
-        correlation: between images of one prompt.
-        seeds: images of each prompt.
+        worth: the difference to be found, in points, above 0 and at most 100.
+        share: of right images, about the same in both arms; by default 0.7.
+        correlation: between images of one prompt; by default 0.25.
+        seeds: images of each prompt; by default 4.
         scored: a set whose verdicts say share, correlation and seeds instead; it needs two seeds or more.
         metric: of that set; the first with verdicts by default.
 
     Raises:
-        ValueError: a number out of range, or a set without verdicts or with one seed.
+        ValueError: a number out of range, one that leaves prompts nothing to differ by, or a set without verdicts or with one
+            seed.
     """
+    if not 0 < worth <= 100:
+        raise ValueError(f"a difference worth finding must be above 0 and at most 100 points, not {worth:g}")
+    share = SHARE if share is None else share
+    correlation = CORRELATION if correlation is None else correlation
+    seeds = SEEDS if seeds is None else seeds
     if scored is not None:
         record = scores.read(scored)
         names = [n for n, m in record["metrics"].items() if m["kind"] == "verdict" and metric in (None, n)]
@@ -69,6 +76,9 @@ def plan(
         tasks = [c for c, used in zip(categories, own, strict=True) if used]
         correlation = max(0.0, planning.intra_prompt_correlation(values[own], tasks))  # slightly below 0 by chance
     spread = planning.assumed_sd(share, seeds, correlation)
+    if spread < 1e-12:
+        said = f"{100 * share:g} % of images right and correlation {correlation:g} leave prompts nothing to differ by"
+        raise ValueError(f"{said}: nothing can be forecast from that. Plan without a set, with the --share that you expect")
     needed = planning.prompts_for_difference(worth / 100, spread)
     finds = [f"{n:,}: {100 * planning.detectable_difference(n, spread):.1f}" for n in SIZES]
     lines = [

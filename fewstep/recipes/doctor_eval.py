@@ -21,6 +21,7 @@ from fewstep.engine import doctor
 from fewstep.engine.doctor import Finding, State
 from fewstep.evaluate import adapters, sidecar
 from fewstep.evaluate.adapters import inception, selftests
+from fewstep.recipes import scoring
 
 PATIENCE = 600.0  # seconds for a sidecar to load, and to answer
 # Sidecars whose scripts are in examples/sidecars, and what they read.
@@ -42,9 +43,8 @@ def run(sidecars: Sequence[str] = (), weights: Sequence[str] = ()) -> bool:
     Raises:
         ValueError: weights for a metric that does not exist.
     """
-    named = dict(_named(text) for text in weights)
     failed = absent = passed = 0
-    for finding in findings(sidecars, named):
+    for finding in findings(sidecars, scoring.weights(weights)):
         print(doctor.say(finding, sys.stdout.isatty()), flush=True)
         failed += finding.state == "FAIL"
         absent += finding.state == "note"
@@ -131,11 +131,3 @@ def judged(found: sidecar.Results) -> tuple[State, str]:
         return "ok" if np.ptp(scores) > 0 else "FAIL", f"scores from {scores.min():.3g} to {scores.max():.3g}"
     right = int((scores[:, 0] - scores[:, 1] + scores[:, 2] - scores[:, 3] > 0).sum())
     return "ok" if right >= pairs - 1 else "FAIL", f"right captions above wrong ones in {right} of {pairs} pairs"
-
-
-def _named(text: str) -> tuple[str, str]:
-    name, equals, where = text.partition("=")
-    known = (*adapters.SCORES, *adapters.FEATURES)
-    if not equals or not where or name not in known:
-        raise ValueError(f"--weights {text}: give NAME=FOLDER, NAME one of {', '.join(known)}")
-    return name, where

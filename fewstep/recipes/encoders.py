@@ -15,7 +15,7 @@ from diffusers import StableDiffusion3Pipeline
 
 from fewstep.conditioning import ENCODERS
 from fewstep.data import prompts
-from fewstep.engine import artifact
+from fewstep.engine import artifact, files
 from fewstep.engine.precision import fast_dtype
 from fewstep.evaluate.statistics import OVERALL
 from fewstep.models import roles, sd3, sources
@@ -72,9 +72,7 @@ def run(student: str, out: Path, subsets: Sequence[tuple[str, ...]], limits: gat
         {"encoders": list(names), **found, **_cost(pipe, names, record.t5_tokens)}
         for names, found in zip(asked, judged, strict=True)
     ]
-    partial = out / (RECORD + ".partial")
-    partial.write_text(json.dumps({"student": record.weights, "rows": rows}, indent=1) + "\n")
-    partial.replace(out / RECORD)
+    files.write(out / RECORD, json.dumps({"student": record.weights, "rows": rows}, indent=1) + "\n")
     return rows
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
 
-from fewstep.engine import ranks
+from fewstep.engine import files, ranks
 from fewstep.engine.config import to_dict
 from fewstep.recipes import distil, teach
 from fewstep.recipes.layout import RESOLVED
@@ -32,9 +32,7 @@ def claim(pipeline: Pipeline, out: Path) -> None:
                 "or another --out to start anew"
             )
         return
-    partial = path.with_suffix(".partial")
-    partial.write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
-    partial.replace(path)
+    files.write(path, yaml.safe_dump(resolved, sort_keys=False))
 
 
 @contextmanager

@@ -119,23 +119,24 @@ def draw(
     if missing:
         make_folder(folder, f"--out {out}")
     around, start = png.environment(engine.contract.dtype, engine.device), time.perf_counter()
-    progress, made = Progress("images", len(missing)), list[Made]()
+    known = {"told": told, "bundled": _bundled(engine.contract.weights) is not None}
+    progress, took = Progress("images", len(missing)), list[dict[str, float]]()
     for first in range(0, len(missing), batch):
         names = missing[first : first + batch]
         drawn = engine.draw([settled[name][0] for name in names])
         # before the images, because the page leaves out a row without its image, but never finds an image without its row
-        gallery.append(folder, [_row(name, one, engine) for name, one in zip(names, drawn, strict=True)])
+        gallery.append(folder, [_row(name, one, engine) | known for name, one in zip(names, drawn, strict=True)])
         for name, one in zip(names, drawn, strict=True):
             png.write(folder / name, one, engine.contract, around if told else None)
             there[name] = folder / name
-        made += [one._replace(image=one.image[:0]) for one in drawn]
+        took += [one.seconds for one in drawn]  # and nothing of the images: there may be many
         progress.show(first + len(names))
     warnings = tuple(dict.fromkeys(text for _, said in settled.values() for text in said))
     seconds = time.perf_counter() - start
-    parts = {part: float(np.mean([one.seconds[part] for one in made])) for part in (made[0].seconds if made else ())}
+    parts = {part: float(np.mean([one[part] for one in took])) for part in (took[0] if took else ())}
     # also the days of images that were there: a command that was killed has not written its page
     logs = [gallery.write(day) for day in sorted({path.parent for path in there.values()})]
-    return Drawn([there[name] for name in settled], len(made), seconds, parts, warnings, logs[-1] if made else None)
+    return Drawn([there[name] for name in settled], len(took), seconds, parts, warnings, logs[-1] if took else None)
 
 
 def whole(path: Path) -> bool:
@@ -238,7 +239,11 @@ def replay(path: Path, model: str | None = None, teacher: Path | None = None, ba
     told = png.read(path)
     dtype = told.environment.get("dtype", "")
     dtype = dtype if dtype in opening.DTYPES else "auto"
-    engine = open_engine(model or _bundled(told), teacher=teacher, base=base, dtype=dtype)
+    source = model or _bundled(told.weights)
+    if source is None:
+        who = f"{told.model} ({told.weights[:12]})"
+        raise ValueError(f"it was drawn by {who}, which is not a bundled model: give --model DIR")
+    engine = open_engine(source, teacher=teacher, base=base, dtype=dtype)
     if engine.contract.weights != told.weights:
         raise ValueError(
             f"{path} was drawn by {told.model} ({told.weights[:12]}), not by {engine.contract.name} "
@@ -268,15 +273,15 @@ def show(found: Replayed) -> str:
     elif found.changed:
         lines += ["what is another one here than where it was drawn:"]
         lines += [f"  {name}: {there} there, {here} here" for name, there, here in found.changed]
-    elif found.told.environment:
+    elif found.told.environment.keys() > {"dtype"}:
         lines.append("versions, type, device and threads are the same; nothing else is known of where it was drawn")
+    elif found.told.environment:  # an image of the server
+        lines.append("the type is the same; the file does not say on which versions, device and threads it was drawn")
     else:
         lines.append("the file does not say what it was drawn with")
     return "\n".join(lines)
 
 
-def _bundled(told: png.Told) -> str:
-    for name, folder in opening.NAMES.items():
-        if artifact.read(folder).weights == told.weights:
-            return name
-    raise ValueError(f"it was drawn by {told.model} ({told.weights[:12]}), which is not a bundled model: give --model DIR")
+def _bundled(weights: str) -> str | None:
+    """The name of the bundled model of that hash."""
+    return next((name for name, folder in opening.NAMES.items() if artifact.read(folder).weights == weights), None)

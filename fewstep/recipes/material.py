@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewstep.conditioning import TextCond
 from fewstep.data import prompt_files, prompts, trajectories
-from fewstep.engine import artifact, health
+from fewstep.engine import artifact, files, health
 from fewstep.flow import Velocity
 from fewstep.models import sd3
 from fewstep.recipes.layout import PROMPTS
@@ -43,10 +43,8 @@ def own_prompts(pipeline: Distillation, out: Path) -> list[str] | None:
     texts, said = usable(pipeline)
     for sentence in said:
         print(f"prompts: {sentence}", file=sys.stderr)
-    partial = kept.with_suffix(".partial")
     record = {"from": pipeline.prompts, "said": said, "prompts": texts}
-    partial.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
-    partial.replace(kept)
+    files.write(kept, json.dumps(record, ensure_ascii=False, indent=1))
     return texts
 
 

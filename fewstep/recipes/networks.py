@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from fewstep.engine.log import Progress
 from fewstep.evaluate import coco, image_sets, scores
 from fewstep.evaluate.benchmark import Benchmark
-from fewstep.evaluate.image_sets import ImageSet
+from fewstep.evaluate.image_sets import ImageSet, picture
 from fewstep.evaluate.statistics import Estimate
 
 Prepare = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
@@ -166,7 +165,7 @@ def _of_files(name: str, files: Sequence[Path], read: Any, prepare: Prepare) -> 
     progress = Progress(f"{name} of real images", len(files))
     for begin in range(0, len(files), CHUNK):
         part = files[begin : begin + CHUNK]
-        real.append(read([prepare(_pixels(path)) for path in part]))
+        real.append(read([prepare(np.asarray(picture(path, "delete it or mend it"))) for path in part]))
         progress.show(begin + len(part))
     progress.close()
     return torch.cat(real)
@@ -187,11 +186,3 @@ def _chunks(
 
 def _spread(name: str, estimate: Estimate) -> dict[str, float]:
     return {name: estimate.mean, f"{name} lo": estimate.lo, f"{name} hi": estimate.hi}
-
-
-def _pixels(path: Path) -> NDArray[np.uint8]:
-    try:
-        with Image.open(path) as opened:
-            return np.asarray(opened.convert("RGB"))
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fewstep.engine import files
 from fewstep.engine.log import Progress
 from fewstep.evaluate import builtin, geneval, scores, sidecar
 from fewstep.evaluate.benchmark import digest
@@ -162,9 +162,7 @@ def by_sidecar(images: ImageSet, command: str) -> dict[str, dict[str, Any]]:
     progress.close()
     file = images.folder / f"{name}.jsonl"
     rows = [{**answer, "file": place, "evaluator": found.evaluator} for place, answer in found.answers.items()]
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, file)
+    files.write(file, "".join(json.dumps(row) + "\n" for row in rows))
     kept.unlink(missing_ok=True)
     detections = sum("detections" in row for row in rows)
     if detections == total:
@@ -179,13 +177,17 @@ def weights(named: Sequence[str]) -> dict[str, str]:
     """Weights of metrics from NAME=FOLDER.
 
     Raises:
-        ValueError: not of that form.
+        ValueError: not of that form, or a metric that does not exist.
     """
-    pairs = [text.partition("=") for text in named]
-    wrong = [text for text, (name, _, where) in zip(named, pairs, strict=True) if not (name and where)]
-    if wrong:
-        raise ValueError(f"--weights {wrong[0]}: give NAME=FOLDER, such as clip_score=models/clip")
-    return {name: where for name, _, where in pairs}
+    from fewstep.evaluate import adapters
+
+    known, found = (*adapters.SCORES, *adapters.FEATURES), dict[str, str]()
+    for text in named:
+        name, _, where = text.partition("=")
+        if not where or name not in known:
+            raise ValueError(f"--weights {text}: give NAME=FOLDER, NAME one of {', '.join(known)}")
+        found[name] = where
+    return found
 
 
 def _metrics(images: ImageSet, wanted: Wanted) -> list[str]:

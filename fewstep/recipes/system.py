@@ -28,7 +28,7 @@ from safetensors.numpy import load_file, save_file
 
 from fewstep import __version__
 from fewstep.data import prompts
-from fewstep.engine import artifact
+from fewstep.engine import artifact, files
 from fewstep.engine.log import Progress
 from fewstep.evaluate import fidelity
 from fewstep.recipes import footprint, gauge
@@ -131,10 +131,7 @@ def guard(own: NDArray[np.uint8], reference: NDArray[np.uint8], limit: float) ->
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
     """Store figures, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    files.write(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def show(record: Mapping[str, Any]) -> str:

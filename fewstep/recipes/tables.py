@@ -58,7 +58,7 @@ def run(
     """Make the tables; returns the page.
 
     Args:
-        sets: folders of scored image sets, or models.
+        sets: folders of scored image sets, their scores.json, or models.
         out: folder of the tables, and of what is made of models; what is whole there is used again.
         models: models: drawn, scored and measured.
         systems: files of `recipes.system`.
@@ -71,8 +71,8 @@ def run(
         ValueError: nothing to show, a file that is something else, arms of different protocols, a model that does not draw.
     """
     asked = asked or Asked()
-    given = [Path(name) for name in sets if evaluation.is_set(Path(name)) or (Path(name) / scores.FILE).is_file()]
-    made = [*(name for name in sets if Path(name) not in given), *models]
+    given = [place for name in sets if (place := scored(Path(name))) is not None]
+    made = [*(name for name in sets if scored(Path(name)) is None), *models]
     studied, ablated = (_study(study) if study else None), (_ablation(ablation) if ablation else None)
     measured = [_system(path) for path in systems]
     for model in made:
@@ -82,6 +82,13 @@ def run(
     report.check(arms)
     data = report.build(arms, measured, ablated, studied, beside(arms, given))
     return table_files.write(out, data, size)
+
+
+def scored(place: Path) -> Path | None:
+    """Where the scores of a set are read: its folder, or a file of them that lies by itself; None for a model."""
+    if place.is_file():  # no model is a file: what is none of scores is then refused as that
+        return place.parent if place.name == scores.FILE and evaluation.is_set(place.parent) else place
+    return place if evaluation.is_set(place) or (place / scores.FILE).is_file() else None
 
 
 def score(model: str, folder: Path, asked: Asked) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from diffusers import StableDiffusion3Pipeline
 
 from fewstep import grids
-from fewstep.engine import artifact
+from fewstep.engine import artifact, files
 from fewstep.engine.artifact import Artifact
 from fewstep.engine.config import to_dict
 from fewstep.engine.precision import fast_dtype
@@ -51,9 +51,8 @@ def run(pipeline: TeacherTraining, out: Path, wanted: Sequence[str]) -> Path | N
     arms = teacher_arms(pipe, record, pipeline.teacher_steps, 4)
     collected = evaluate.run(pipeline.evaluate, arms, pipe, record.t5_tokens, out / page.EVALUATION)
     rows = [row for arm in collected["arms"].values() for row in numbers.rows(arm)]
-    partial = out / "report.json.partial"
-    partial.write_text(json.dumps({"protocol": collected["protocol"], "rows": rows}, indent=1))
-    return partial.replace(out / "report.json")
+    files.write(out / "report.json", json.dumps({"protocol": collected["protocol"], "rows": rows}, indent=1))
+    return out / "report.json"
 
 
 def choose_and_write(pipeline: TeacherTraining, pipe: StableDiffusion3Pipeline, folder: Path, scratch: Path) -> Artifact:

@@ -20,6 +20,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
+from fewstep.engine import files
 from fewstep.report import page
 from fewstep.worlds.shapes.detect import Detection, detect
 from fewstep.worlds.shapes.grammar import Ask, noun, parse
@@ -77,9 +78,7 @@ def write(
         json=Markup(embedded(data)),
     )
     if not (path.is_file() and path.read_text(encoding="utf-8") == html):
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(html, encoding="utf-8")
-        partial.replace(path)
+        files.write(path, html)
     return path
 
 

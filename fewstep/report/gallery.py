@@ -22,7 +22,13 @@ NUMBERS = ("seed", "steps", "guidance_scale", "width", "height")
 
 
 def append(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add images to a day: "file", "at", "ask" (the fields of an `Ask`), "model", "weights", "seconds", "warnings"."""
+    """Add images to a day.
+
+    Args:
+        folder: of the day.
+        rows: "file", "at", "ask" (the fields of an `Ask`), "model", "weights", "seconds", "warnings"; "told" and "bundled":
+            whether the file says how it was made, and whether its model is known without a folder.
+    """
     text = "\n" + "".join(json.dumps(row) + "\n" for row in rows)  # the line before may have been cut off
     with (folder / LINES).open("ab", buffering=0) as file:
         file.write(text.encode())

@@ -10,6 +10,8 @@ from importlib import metadata
 from itertools import chain
 from typing import Any
 
+import numpy as np
+
 from fewstep.evaluate import outcomes, statistics
 from fewstep.evaluate.diversity import diversity, role_swap_joint
 from fewstep.evaluate.outcomes import Outcome
@@ -32,7 +34,8 @@ PROTOCOL_TEXT = (
     "Overall is the mean of GenEval's six tasks. Relative size and role swap are reported beside it.",
     "Intervals hold 95 % of 10,000 bootstrap draws that resample prompts within each task and keep all seeds of a "
     "prompt. They contain the choice of prompts and sampling seeds. They do not contain training: this is one training "
-    "run. They are not corrected for the number of comparisons. No width means that all prompts agreed, not certainty.",
+    "run. They are not corrected for the number of comparisons. Where all prompts of a task agree, resampling has nothing to "
+    "show, and the interval is an exact bound on what so many prompts cannot rule out (Clopper and Pearson).",
     "The ceiling sends true scenes through the autoencoder: no arm that decodes with it can be expected to do better.",
     "Seconds an image are sampling and decoding in batches on the machine named above; text encoding is left out.",
 )
@@ -106,7 +109,8 @@ def rows(arm: Outcome) -> list[dict[str, Any]]:
     for scoring in SCORINGS:
         right = outcomes.verdicts(arm, scoring)
         shares = statistics.shares(right, tasks)
-        for task, estimate in statistics.bootstrap(right, tasks).items():
+        estimates = statistics.with_bounds(statistics.bootstrap(right, tasks), right, tasks, 0, 1)
+        for task, estimate in estimates.items():
             out.append(
                 {
                     "name": arm["name"],
@@ -141,10 +145,10 @@ def stage_pairs(arms: Mapping[str, Any]) -> list[tuple[str, str]]:
 def compare(a: Outcome, b: Outcome) -> list[dict[str, Any]]:
     """Paired differences a - b, one record for each scoring and task."""
     out: list[dict[str, Any]] = []
+    tasks = outcomes.tasks(a)
     for scoring in SCORINGS:
-        differences = statistics.paired(
-            outcomes.verdicts(a, scoring), outcomes.verdicts(b, scoring), outcomes.tasks(a)
-        )
+        own, other = (outcomes.verdicts(arm, scoring).astype(np.float64) for arm in (a, b))
+        differences = statistics.with_bounds(statistics.paired(own, other, tasks), own - other, tasks, -1, 1)
         for task, e in differences.items():
             record = {"a": a["name"], "b": b["name"], "scoring": scoring, "task": task}
             out.append({**record, "diff": e.mean, "lo": e.lo, "hi": e.hi})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
-from fewstep.engine import health
+from fewstep.engine import files, health
 from fewstep.engine.log import read_metrics
 from fewstep.evaluate import outcomes
 from fewstep.report import charts, condition, numbers, pages
@@ -52,8 +51,8 @@ def write(run_dir: Path, collected: Mapping[str, Any], run_info: Mapping[str, An
 
 def write_files(run_dir: Path, data: Mapping[str, Any], page: str) -> Path:
     """`report.json` and `report.html`, each whole or not at all; returns the path of the page."""
-    _write(run_dir / "report.json", json.dumps(data, indent=1, allow_nan=False))
-    _write(run_dir / "report.html", page)
+    files.write(run_dir / "report.json", json.dumps(data, indent=1, allow_nan=False))
+    files.write(run_dir / "report.html", page)
     return run_dir / "report.html"
 
 
@@ -197,9 +196,3 @@ def _in_turn(results: Sequence[Mapping[str, Any]], chosen: Sequence[int], most: 
         repeats[prompt] += 1
         turns[task, again] += 1
     return sorted(chosen, key=order.__getitem__)[:most]
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

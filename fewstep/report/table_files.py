@@ -13,6 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from fewstep.engine import files
 from fewstep.report import bubbles, page
 from fewstep.report.numbers import points
 from fewstep.report.tables import AGAINST, PLAIN, RUNS, Record, Rows, lead
@@ -33,8 +34,8 @@ def write(out: Path, data: Mapping[str, Any], size: str = "memory") -> Path:
     if data["bubbles"]:
         inline, svg, png = bubbles.draw(data["bubbles"], data["rated_by"], size, data["verdicts"])
         charts["inline"] = inline
-        put(out / "figure.svg", svg.encode())
-        put(out / "figure.png", png)
+        files.write(out / "figure.svg", svg)
+        files.write(out / "figure.png", png)
     html = page.template("tables.html").render(
         data=data,
         lead=lead(data),
@@ -49,10 +50,10 @@ def write(out: Path, data: Mapping[str, Any], size: str = "memory") -> Path:
         texts=("device", "encoders"),
         told=told,
     )
-    put(out / "tables.json", json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False).encode())
-    put(out / "tables.csv", long(data).encode())
-    put(out / "tables.md", markdown(data).encode())
-    put(out / "tables.html", html.encode())
+    files.write(out / "tables.json", json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False))
+    files.write(out / "tables.csv", long(data))
+    files.write(out / "tables.md", markdown(data))
+    files.write(out / "tables.html", html)
     return out / "tables.html"
 
 
@@ -69,13 +70,6 @@ def title(quality: Sequence[Record], metric: str) -> str:
 def columns(rows: Sequence[Record]) -> list[str]:
     """Names of all cells of some lines, each once."""
     return list(dict.fromkeys(name for r in rows for name in r["cells"]))
-
-
-def put(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def number(value: Any, column: str = "") -> str:

@@ -64,6 +64,7 @@ class ImageRequest(BaseModel):
     style: Literal["vivid", "natural"] | None = Field(None, description="Not honoured.")
     background: Literal["auto", "opaque", "transparent"] | None = Field(None, description="transparent is refused.")
     moderation: Literal["auto", "low"] | None = Field(None, description="Not honoured: nothing is moderated.")
+    safety_identifier: str | None = Field(None, max_length=500, description="Not kept.")
     user: str | None = Field(None, max_length=500, description="Not kept.")
     negative_prompt: str | None = Field(None, max_length=MOST_PROMPT, description="For models with guidance.")
     num_inference_steps: int | None = Field(None, ge=1, le=1000, description="Where the contract allows a choice.")
@@ -96,7 +97,7 @@ async def generations(asked: ImageRequest, request: Request) -> Response | dict[
     if made is None:
         return Response(status_code=LEFT)
     base = str(request.base_url)
-    data = [await asyncio.to_thread(_entry, service, asked, base, image, _warn(told, warned)) for image, told in made]
+    data = [await _entry(service, asked, base, image, _warn(told, warned)) for image, told in made]
     first = made[0][1]
     return {
         "created": int(time.time()),
@@ -115,7 +116,9 @@ async def file(name: str, request: Request) -> Response:
     kept = service_of(request).store.get(name)
     if kept is None:
         raise Refusal(404, "this image is not kept any more; draw it again with its seed", "image_expired")
-    return Response(kept.data, media_type=kept.media_type, headers={"Cache-Control": "private, max-age=3600, immutable"})
+    # whoever has the name may show it, on a page of any origin: it cannot be guessed
+    shared = {"Cross-Origin-Resource-Policy": "cross-origin", "Cache-Control": "private, max-age=3600, immutable"}
+    return Response(kept.data, media_type=kept.media_type, headers=shared)
 
 
 @router.get("/v1/models", summary="Models and how they are to be sampled")
@@ -178,8 +181,9 @@ def _unhonoured(asked: ImageRequest) -> list[str]:
         warned.append(f"style = {asked.style} has no effect: say it in the prompt")
     if asked.moderation is not None:
         warned.append("moderation has no effect: prompts and images are not moderated here")
-    if asked.user is not None:
-        warned.append("user has no effect: it is not kept")
+    for name in ("safety_identifier", "user"):
+        if getattr(asked, name) is not None:
+            warned.append(f"{name} has no effect: it is not kept")
     return warned
 
 
@@ -187,9 +191,10 @@ def _warn(told: dict[str, Any], warned: list[str]) -> dict[str, Any]:
     return {**told, "warnings": [*told["warnings"], *warned]}
 
 
-def _entry(service: Service, asked: ImageRequest, base: str, image: Made, told: dict[str, Any]) -> dict[str, Any]:
+async def _entry(service: Service, asked: ImageRequest, base: str, image: Made, told: dict[str, Any]) -> dict[str, Any]:
+    """An image of an answer; encoded in a thread, and kept here, since the store is the event loop's alone."""
     kind = asked.output_format or "png"
-    raw = encoded(image.image, kind, asked.output_compression, told)
+    raw = await asyncio.to_thread(encoded, image.image, kind, asked.output_compression, told)
     if asked.response_format == "url":
         return {"url": f"{base}v1/images/files/{service.store.put(raw, kind)}", "fewstep": told}
     return {"b64_json": base64.b64encode(raw).decode(), "fewstep": told}

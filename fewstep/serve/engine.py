@@ -276,7 +276,7 @@ def open_engine(
     if texts not in ("auto", "keep", "release"):
         raise ValueError(f"texts = {texts}: give auto, keep or release")
     where = opening.device_of(device)
-    short = texts == "release" or (texts == "auto" and opening.too_large(opening.folder_of(source), where))
+    short = texts == "release" or (texts == "auto" and opening.too_large(source, teacher, base, dtype, where))
     if compiled and cache is not None:
         opening.keep_compiled(cache / "compiled")
     return Engine(lambda: opening.open_model(source, teacher, base, dtype, where, short), cache, short, compiled)

@@ -34,6 +34,8 @@ NAMES = {"bundled": STUDENT_4, "teacher": TEACHER}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARE = 0.8  # of free memory that networks may take
 SMALL = 2 * 2**30  # bytes of float32 weights up to which a processor computes in float32
+WHOLE = ("diffusers", "torchao")  # exports that hold all parts
+WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data", ".bin")
 BRANCHES = {"student_low": LOW, "student_high": HIGH}
 
 
@@ -106,7 +108,7 @@ def open_model(
     record = artifact.read(folder)
     if record.kind in BRANCHES:
         return _branches(folder.parent, record, _dtype(dtype, folder, device), device, without_texts)
-    if record.kind == "export" and record.format not in ("diffusers", "torchao"):
+    if record.kind == "export" and record.format not in WHOLE:
         return _export(folder, record, teacher, base, dtype, device, without_texts)
     wanted = _dtype(dtype, folder, device)
     if record.format == "torchao" and dtype == "auto":
@@ -240,13 +242,18 @@ def _encoded(run: Callable[..., TextCond], at: Path, t5_tokens: int, prompts: li
 
 def _with_lora(folder: Path, record: Artifact, teacher: Path | None, dtype: torch.dtype) -> Any:
     """A teacher's denoiser with a student's LoRA in its weights."""
+    plain = sd3.load(_teacher_of(folder, record, teacher), without=(*sd3.ENCODERS, "vae")).transformer
+    return adapters.merged(adapters.load(plain, folder / adapters.FILE)).to(dtype)
+
+
+def _teacher_of(folder: Path, record: Artifact, teacher: Path | None) -> Path:
+    """The teacher that a LoRA belongs to."""
     own = teacher or (TEACHER if record.parents.get("teacher") == artifact.read(TEACHER).weights else None)
     if own is None:
         raise ValueError(f"{folder} is a LoRA of a teacher: give that with --teacher DIR")
     if artifact.read(own, "teacher").weights != record.parents.get("teacher"):
         raise ValueError(f"{own} is not the teacher that {folder} is a LoRA of")
-    plain = sd3.load(own, without=(*sd3.ENCODERS, "vae")).transformer
-    return adapters.merged(adapters.load(plain, folder / adapters.FILE)).to(dtype)
+    return own
 
 
 def _base_of(folder: Path, record: Artifact, base: Path | None) -> Path:
@@ -288,14 +295,28 @@ def device_of(asked: str) -> torch.device:
     return where
 
 
-def too_large(folder: Path, device: torch.device) -> bool:
-    """Whether all networks of a folder together would take most of the memory that is free, by what they take on disk."""
+def too_large(source: str | Path, teacher: Path | None, base: Path | None, dtype: str, device: torch.device) -> bool:
+    """Whether all networks of a model together would take most of the memory that is free, by what they take on disk.
+
+    Args: as of `open_model`, and it raises what that raises for folders.
+    """
     import psutil
 
-    stored = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    folder = folder_of(source)
+    stored = _stored(folder)
+    if artifact.exists(folder) and (record := artifact.read(folder)).kind == "export" and record.format not in WHOLE:
+        own = _base_of(folder, record, base)
+        stored += _stored(own) - _stored(own / "transformer")
+        if record.format == "lora":
+            stored += _stored(_teacher_of(folder, record, teacher) / "transformer")
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    wider = 1 if device.type == "cuda" or stored > SMALL else 2  # 16 bits on disk, 32 in memory where it is small
-    return bool(wider * stored > SHARE * free)
+    narrow = device.type == "cuda" or stored > SMALL if dtype == "auto" else dtype != "float32"
+    return bool(stored * (1 if narrow else 2) > SHARE * free)  # 16 bits on disk
+
+
+def _stored(folder: Path) -> int:
+    """Bytes of the weights below a folder, in whatever format."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in WEIGHTS)
 
 
 def keep_compiled(folder: Path) -> None:

@@ -12,15 +12,16 @@ class Problem extends Error {
 
 // --- the server ---------------------------------------------------------------------------------------------------------------
 
-function headers() {
-  const key = sessionStorage.getItem("fewstep-key");
-  return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+function headers(key) {
+  const bytes = new TextEncoder().encode(`:${key}`);  // as a password: a header holds Latin-1 alone, a key any letters
+  return { "Content-Type": "application/json", ...(key ? { Authorization: `Basic ${btoa(String.fromCharCode(...bytes))}` } : {}) };
 }
 
 async function call(path, options = {}) {
+  const key = sessionStorage.getItem("fewstep-key");
   let response;
   try {
-    response = await fetch(path, { headers: headers(), ...options });
+    response = await fetch(path, { headers: headers(key), ...options });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Problem("The server does not answer. If it was stopped, start it again with “fewstep serve”; this page then goes on by itself.",
@@ -30,7 +31,10 @@ async function call(path, options = {}) {
   const told = await response.json().catch(() => ({}));
   const message = told.error?.message ?? `the server answered ${response.status}`;
   const wait = Number(response.headers.get("Retry-After")) * 1000;
-  if (response.status === 401) throw new Problem("", { key: true });
+  if (response.status === 401) {
+    if (key && key === sessionStorage.getItem("fewstep-key")) sessionStorage.removeItem("fewstep-key");
+    throw new Problem(key ? "This key is not the server's." : "", { key: true });
+  }
   if (response.status === 429) throw new Problem(`The server is busy: ${message}. This page tries again by itself.`, { again: wait || RETRY_MS });
   if (response.status >= 500) throw new Problem(`${sentence(message)}. This page tries again by itself.`, { again: wait || RETRY_MS });
   throw new Problem(`${sentence(message)}.`);
@@ -62,9 +66,9 @@ async function* events(body) {
 const contractOf = (name) => state.models.find((model) => model.id === name)?.fewstep;
 const randomSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
 
-function asked(model) {
+function asked(model, seed) {
   const contract = contractOf(model), steps = Number($("steps").value), guidance = $("guidance").value;
-  const body = { prompt: $("prompt").value, model, seed: Number($("seed").value), stream: true };
+  const body = { prompt: $("prompt").value, model, seed, stream: true };
   if ($("size").value !== "auto" && fits(contract, $("size").value)) body.size = $("size").value;
   const own = model === state.model;  // the model beside it is drawn as its own contract says
   if (own && !contract.steps.length && steps) body.num_inference_steps = steps;
@@ -89,9 +93,10 @@ async function start() {
   const jobs = [[panes[0], state.model], ...(state.other ? [[panes[1], state.other]] : [])];
   jobs.forEach(([pane]) => pane.querySelector(".frame").classList.add("stale"));
   $("status").textContent = "Drawing";
+  const seed = $("seed").value === "" ? randomSeed() : Number($("seed").value);
   try {
     for (const [i, [pane, model]] of jobs.entries()) {  // one after the other: the second must not slow the first
-      const made = await draw(pane, model, mine);
+      const made = await draw(pane, asked(model, seed), mine);
       if (mine !== turn) return;
       if (i === 0) present(made);
       if (jobs.length > 1) caption(pane, made);
@@ -106,11 +111,11 @@ async function start() {
   }
 }
 
-async function draw(pane, model, mine) {
-  const controller = new AbortController(), begun = performance.now(), body = asked(model);
+async function draw(pane, body, mine) {
+  const controller = new AbortController(), begun = performance.now();
   controllers.push(controller);
   const response = await call("/v1/images/generations", { method: "POST", body: JSON.stringify(body), signal: controller.signal });
-  const frames = [], total = body.num_inference_steps ?? contractOf(model).default_steps;
+  const frames = [], total = body.num_inference_steps ?? contractOf(body.model).default_steps;
   for await (const event of events(response.body)) {
     if (mine !== turn) throw new DOMException("", "AbortError");
     if (event.error) throw new Problem(`${sentence(event.error.message)}.`);
@@ -188,7 +193,8 @@ function present(made) {
   });
   warnings(told.warnings);
   $("download").hidden = false;
-  window.history.replaceState(null, "", `#${new URLSearchParams({ prompt: told.prompt, seed: told.seed, model: told.model })}`);
+  const link = SETTINGS.map((name) => [name, told[name]]).filter(([, value]) => value !== "");
+  window.history.replaceState(null, "", `#${new URLSearchParams(link)}`);
 }
 const NAMES = { queue: "Waiting", text: "Reading", denoise: "Drawing", preview: "Previews", decode: "Decoding" };
 
@@ -208,10 +214,10 @@ function warnings(said) {
 
 function problem(error) {
   $("unlock").hidden = !error?.key;
-  $("problem").hidden = !error || error.key;
+  $("problem").hidden = !error?.message;
   $("problem").textContent = error?.message ?? "";
   if (error) $("status").textContent = "";
-  if (error?.key) $("key").focus();
+  if (error?.key) { $("key").focus(); $("key").select(); }
   if (error?.again) retryTimer = setTimeout(state.models.length ? start : begin, error.again);
 }
 
@@ -233,7 +239,8 @@ function empty() {
 
 // --- history ------------------------------------------------------------------------------------------------------------------
 
-const KEYS = ["prompt", "negative_prompt", "seed", "model", "weights", "size", "num_inference_steps", "guidance_scale"];
+const SETTINGS = ["prompt", "negative_prompt", "seed", "model", "size", "num_inference_steps", "guidance_scale"];
+const KEYS = [...SETTINGS, "weights"];
 
 function remember() {
   const made = state.shown;
@@ -277,17 +284,21 @@ function restore(i) {
   state.at = state.history.indexOf(made);
   $("prompt").value = told.prompt;
   $("seed").value = told.seed;
-  if (contractOf(told.model)) choose(told.model);
-  $("negative").value = told.negative_prompt;
-  $("size").value = [...$("size").options].some((o) => o.value === told.size) ? told.size : "auto";
-  $("steps").value = told.num_inference_steps;
-  $("guidance").value = told.guidance_scale;
+  settle(told);
   strip();
   $("history").children[state.at].scrollIntoView({ block: "nearest", inline: "nearest" });
   soon(0);
 }
 
 // --- settings -----------------------------------------------------------------------------------------------------------------
+
+function settle(told) {  // model and settings into their fields; what is not told is the model's own
+  choose(contractOf(told.model) ? told.model : state.model ?? state.models[0].id);
+  $("negative").value = told.negative_prompt ?? "";
+  if ([...$("size").options].some((o) => o.value === told.size)) $("size").value = told.size;
+  $("steps").value = told.num_inference_steps ?? $("steps").value;
+  $("guidance").value = told.guidance_scale ?? $("guidance").value;
+}
 
 function fits(contract, size) {
   return size.split("x").map(Number).every((side) => side % contract.multiple === 0 && (!contract.largest || side <= contract.largest));
@@ -357,6 +368,7 @@ function download() {
 }
 
 function keys(event) {
+  if (event.isComposing) return;  // the keys choose among the words of an input method
   const inField = /INPUT|SELECT|TEXTAREA/.test(event.target.tagName), inPrompt = event.target === $("prompt");
   if (event.ctrlKey || event.metaKey || event.altKey || $("keys").open) return;
   const back = inPrompt ? "ArrowUp" : "ArrowLeft", forth = inPrompt ? "ArrowDown" : "ArrowRight";
@@ -381,7 +393,7 @@ async function begin() {
   }
   problem(null);
   $("model").replaceChildren(...state.models.map((model) => new Option(model.id, model.id)));
-  choose(contractOf(linked.get("model")) ? linked.get("model") : state.models[0].id);
+  settle(linked());
   if ($("prompt").value.trim()) soon(0);
 }
 
@@ -399,9 +411,9 @@ $("help").onclick = () => $("keys").showModal();
 $("forget").onclick = () => { state.history = []; state.at = -1; store(); strip(); };
 document.addEventListener("keydown", keys);
 
-const linked = new URLSearchParams(location.hash.slice(1));
-$("prompt").value = linked.get("prompt") ?? "";
-$("seed").value = linked.get("seed") ?? randomSeed();
+const linked = () => Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+$("prompt").value = linked().prompt ?? "";
+$("seed").value = linked().seed ?? randomSeed();
 try {
   state.history = JSON.parse(localStorage.getItem("fewstep-history") ?? "[]").filter((made) => made.image?.startsWith("data:image/") && made.fewstep?.size);
   state.history.forEach((made) => { made.kept = true; });

@@ -142,15 +142,17 @@ def read(path: Path) -> Told:
         raise ValueError(f"{path} cannot be read: it is not a file")  # a pipe would be waited for
     try:
         if path.stat().st_size > MOST_BYTES:
-            raise ValueError(f"{path} is larger than {MOST_BYTES >> 20} MiB: no image of ours")
+            raise ValueError(f"it is larger than {MOST_BYTES >> 20} MiB: no image of ours")
         with Image.open(path, formats=["PNG"]) as opened:
             if opened.width * opened.height > MOST_PIXELS:
-                raise ValueError(f"{path} has {opened.width} x {opened.height} pixels, more than any image of ours")
+                raise ValueError(f"it has {opened.width} x {opened.height} pixels, more than any image of ours")
             text = opened.info.get(KEY)
             image = np.asarray(opened.convert("RGB"))
     except OSError as error:
         why = error.strerror or ("not a PNG" if isinstance(error, UnidentifiedImageError) else str(error))
         raise ValueError(f"{path} cannot be read: {why}") from None
+    except ValueError as error:  # ours, or Pillow's of chunks that are too long or too short
+        raise ValueError(f"{path} cannot be read: {shown(str(error))[:200]}") from None
     except (SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is damaged: {shown(str(error))[:200]}") from None
     if not isinstance(text, str):
@@ -189,11 +191,13 @@ def _told(told: Mapping[str, Any], image: NDArray[np.uint8]) -> Told:
 
 
 def _of_api(told: Mapping[str, Any]) -> dict[str, Any]:
-    """The API's words for the same."""
+    """The API's words for the same; of the environment they tell the type alone."""
     width, height = map(int, str(told["size"]).split("x"))
     same = {name: told[name] for name in ("prompt", "negative_prompt", "seed", "index", "guidance_scale")}
     ask = {**same, "steps": told["num_inference_steps"], "width": width, "height": height}
-    return {"format": FORMAT, "ask": ask, "grid": told["grid"], "model": {"name": told["model"], "weights": told["weights"]}}
+    around = {"dtype": told["dtype"]} if "dtype" in told else {}  # images of 0.1 do not tell it
+    model = {"name": told["model"], "weights": told["weights"]}
+    return {"format": FORMAT, "ask": ask, "grid": told["grid"], "model": model, "environment": around}
 
 
 def shown(text: str) -> str:

@@ -26,30 +26,24 @@ TWO_U = torch.tensor(2 * U)
 
 def product(part: Any) -> Product:
     """A matrix of ordinary numbers turned round; one that is rounded or adapted as it is."""
-    if not plain(part):
-        return part  # type: ignore[no-any-return]
-    part.weight.data = _turned(part.weight.detach())
-    return partial(F.linear, weight=part.weight.detach(), bias=part.bias)
+    return joined(part) if plain(part) else part  # type: ignore[no-any-return]
 
 
 def joined(*parts: Any) -> Product:
     """Matrices that read the same tokens as one, whose parts their own weights become; those that are rounded, one by one."""
     if not all(plain(part) for part in parts):
         return lambda x: torch.cat([part(x) for part in parts], dim=-1)
-    weight = _turned(torch.cat([part.weight.detach() for part in parts]))
+    one, out = parts[0].weight.detach(), sum(len(part.weight) for part in parts)
+    turned = one.device.type == "cpu" and one.dtype == torch.float32
+    weight = one.new_empty(one.shape[1], out).t() if turned else one.new_empty(out, one.shape[1])
     bias = torch.cat([part.bias.detach() for part in parts]) if parts[0].bias is not None else None
     first = 0
-    for part in parts:
+    for part in parts:  # one after another, so that little is in memory twice
         rows = slice(first, first := first + len(part.weight))
-        part.weight.data = weight[rows]
+        part.weight.data = weight[rows].copy_(part.weight.detach())
         if bias is not None:
             part.bias.data = bias[rows]
     return partial(F.linear, weight=weight, bias=bias)
-
-
-def _turned(weight: Tensor) -> Tensor:
-    """The same matrix, its columns one after another on a CPU: a product of few tokens takes half the time then."""
-    return weight.t().contiguous().t() if weight.device.type == "cpu" and weight.dtype == torch.float32 else weight
 
 
 def plain(part: nn.Module) -> bool:

@@ -9,21 +9,17 @@ import asyncio
 import logging
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
-
-import numpy as np
-from numpy.typing import NDArray
 
 from fewstep.serve import contract as contracts
 from fewstep.serve.contract import Ask, Contract, Made
-
-StepCall = Callable[[int, int, NDArray[np.uint8]], None]  # step from 1, steps, images
+from fewstep.serve.jobs import Batch, Job, StepCall
 
 LOG = logging.getLogger("fewstep.serve")
 TRIES = 2  # of an image whose worker died: the second one alone, so that it takes no other with it
+FAILURES = TRIES + 1  # batches in a row that end a worker; one image that cannot be drawn fails twice, which is no reason
 LONGEST_WAIT_S = 120  # that Retry-After names
 LONGEST_PAUSE_S = 30.0  # between attempts to start a worker
 MEMORY = 0.3  # weight of the last batch in the rate
@@ -61,7 +57,7 @@ class Hand(Protocol):
         ...
 
     async def start(self) -> Contract:
-        """Open the model, again if it died. Raises ValueError or Died."""
+        """Open the model, again if it ended. Raises ValueError or Died."""
         ...
 
     async def draw(self, batch: Batch) -> list[Made]:
@@ -69,72 +65,12 @@ class Hand(Protocol):
         ...
 
     async def gone(self) -> None:
-        """Return when it died."""
+        """Return when it ended."""
         ...
 
     async def close(self) -> None:
         """End it."""
         ...
-
-
-@dataclass(eq=False)
-class Job:
-    """One image that somebody waits for."""
-
-    ask: Ask
-    made: asyncio.Future[Made]
-    on_step: StepCall | None = None
-    shown: Collection[int] | None = None  # steps, from 1, that are watched; None is every one
-    since: float = field(default_factory=time.monotonic)
-    waited: float = 0.0
-    tries: int = 0
-    batch: Batch | None = None
-
-    def fits(self, other: Job) -> bool:
-        """Whether both may be drawn in one batch."""
-        first, second = self.ask, other.ask
-        same = (first.width, first.height, first.steps, first.guidance_scale) == (
-            second.width,
-            second.height,
-            second.steps,
-            second.guidance_scale,
-        )
-        return self is other or (same and not self.tries and not other.tries)
-
-
-@dataclass(eq=False)
-class Batch:
-    """Images that are drawn together; `stop` is set when all their clients left."""
-
-    jobs: list[Job]
-    stop: asyncio.Event = field(default_factory=asyncio.Event)
-    step: int = 0
-    steps: int = 0
-
-    @property
-    def asks(self) -> list[Ask]:
-        """What is to be drawn."""
-        return [job.ask for job in self.jobs]
-
-    @property
-    def watched(self) -> list[int]:
-        """Positions of the jobs that want to see steps."""
-        return [i for i, job in enumerate(self.jobs) if job.on_step is not None]
-
-    @property
-    def shown(self) -> list[int] | None:
-        """Steps that somebody wants to see; None is every one."""
-        wanted = [self.jobs[i].shown for i in self.watched]
-        found = [steps for steps in wanted if steps is not None]
-        return None if len(found) < len(wanted) else sorted({step for steps in found for step in steps})
-
-    def on_step(self, step: int, steps: int, images: NDArray[np.uint8]) -> None:
-        """Note a step, and hand its images, (watched, H, W, 3) or none, to those who watch."""
-        self.step, self.steps = step, steps
-        for image, i in zip(images, self.watched if len(images) else (), strict=True):
-            job = self.jobs[i]
-            if job.on_step is not None and not job.made.done():
-                job.on_step(step, steps, image)
 
 
 class Line:
@@ -162,7 +98,9 @@ class Line:
         self.name, self.hands, self.bound, self.largest, self.wait_s = name, list(hands), bound, batch, wait_s
         self.on_batch = on_batch or (lambda made, seconds: None)
         self.contract: Contract | None = None  # under the name that clients know
-        self._own: Contract | None = None  # as the engine has it
+        self._own: Contract | None = None  # as the first engine has it
+        self._contracts: dict[Hand, Contract] = {}  # of each worker
+        self._failures: Counter[Hand] = Counter()  # of each worker, in a row
         self.running: list[Batch] = []
         self.restarts = 0
         self.broken = ""  # why no worker starts
@@ -175,23 +113,30 @@ class Line:
         """Start the workers; the contract is the first one's.
 
         Raises:
-            ValueError: the model cannot be opened.
+            ValueError: the model cannot be opened, or changed while it was.
         """
         if self.contract is not None:
             return self.contract
         try:
             opened = await asyncio.gather(*(hand.start() for hand in self.hands))
+            for hand, own in zip(self.hands, opened, strict=True):
+                self._opened(hand, own)
         except BaseException as error:
+            self.contract = self._own = None
             await asyncio.gather(*(hand.close() for hand in self.hands), return_exceptions=True)
             if isinstance(error, Died):
                 raise ValueError(f"{self.name} cannot be opened: {error} before its model was open") from error
             raise
         self._tasks = [asyncio.create_task(self._work(hand)) for hand in self.hands]
-        return self._opened(opened[0])
+        return opened[0]._replace(name=self.name)
 
-    def _opened(self, own: Contract) -> Contract:
-        self._own, self.contract = own, own._replace(name=self.name)
-        return self.contract
+    def _opened(self, hand: Hand, own: Contract) -> None:
+        """Note what a worker draws by. Raises ValueError where it is not what clients were told: one name is one model."""
+        first = self._own or own
+        if own._replace(dtype=first.dtype) != first:  # the type may be another one on another device
+            raise ValueError("its folder has changed since the server opened it; start the server again")
+        self._own, self.contract = first, first._replace(name=self.name)
+        self._contracts[hand] = own
 
     async def close(self) -> None:
         """End the workers; whoever still waits is refused."""
@@ -308,7 +253,7 @@ class Line:
             return batch
 
     async def _work(self, hand: Hand) -> None:
-        """Draw batch after batch; a worker that dies, busy or idle, is started again."""
+        """Draw batch after batch; a worker that dies, busy or idle, or fails again and again, is started again."""
         while True:
             take, gone = asyncio.create_task(self._take()), asyncio.create_task(hand.gone())
             try:
@@ -321,6 +266,9 @@ class Line:
                     await self._draw(hand, take.result())
                 else:
                     self._back(take.result().jobs)
+            if self._failures[hand] >= FAILURES:
+                LOG.error("a worker of %s failed on %d batches in a row and is ended", self.name, self._failures[hand])
+                await hand.close()
             if not hand.alive():
                 await self._revive(hand)
 
@@ -338,13 +286,16 @@ class Line:
             self._again(batch, died)
         except Exception as error:  # the engine's: said in the log, and tried again as a dead worker's
             LOG.exception("%s failed on a batch of %d", self.name, len(batch.jobs))
+            self._failures[hand] += 1
             self._again(batch, RuntimeError(f"{type(error).__name__} in the engine"))
         else:
+            self._failures[hand] = 0
             seconds = time.monotonic() - begun
             rate = len(made) / max(seconds, 1e-6)
             self.rate = rate if not self.rate else (1 - MEMORY) * self.rate + MEMORY * rate
             for job, image in zip(batch.jobs, made, strict=True):
                 if not job.made.done():
+                    job.by = self._contracts[hand]
                     job.made.set_result(image)
             self.on_batch(made, seconds)
         finally:
@@ -366,15 +317,17 @@ class Line:
         self._arrived.set()
 
     async def _revive(self, hand: Hand) -> None:
-        pause = 0.0
+        """Start a worker again, as often as it takes; one that draws something else now is not let in."""
+        pause, self._failures[hand] = 0.0, 0
         while True:
             self.restarts += 1
             LOG.warning("a worker of %s has ended; it is started again", self.name)
             try:
-                self._opened(await hand.start())
+                self._opened(hand, await hand.start())
                 self.broken = ""
                 return
             except (ValueError, OSError, Died) as error:
+                await hand.close()
                 LOG.error("a worker of %s does not start: %s", self.name, error)
                 self.broken = str(error)
                 if not self.alive():

@@ -12,18 +12,27 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from fewstep.serve.service import Settings
+from fewstep.serve.service import Service, Settings
+from fewstep.serve.workers import given
 
 SILENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_DOCKER_CPU_WARNING": "1"}
 
 
-def deployment(models: Mapping[str, str], settings: Settings | None = None, *, replicas: int = 1, **options: Any) -> Any:
+def deployment(
+    models: Mapping[str, str],
+    settings: Settings | None = None,
+    *,
+    replicas: int = 1,
+    arguments: Mapping[str, str] | None = None,
+    **options: Any,
+) -> Any:
     """An application for `ray.serve.run`.
 
     Args:
         models: folders by name; "bundled" and "teacher" are the bundled models. Every machine needs them at the same place.
         settings: of every replica.
         replicas: how many.
+        arguments: of `engine.open_engine`, for every model: dtype, device, teacher (of a LoRA), base (of an export), cache.
         options: others of Ray's deployments, such as `ray_actor_options={"num_gpus": 1}`.
 
     Raises:
@@ -32,8 +41,21 @@ def deployment(models: Mapping[str, str], settings: Settings | None = None, *, r
     if not models:
         raise ValueError("a deployment needs a model: give one")
     serve = _ray_serve()
-    build = _builder(dict(models), settings or Settings())
-    return serve.deployment(num_replicas=replicas, **options)(serve.ingress(build)()).bind()
+    build = _builder(dict(models), settings or Settings(), dict(arguments or {}))
+    return serve.deployment(num_replicas=replicas, **options)(serve.ingress(build)(Replica)).bind()
+
+
+class Replica:
+    """What Ray runs: it ends and replaces a replica whose check fails, which is how an engine that is broken is opened anew."""
+
+    app: FastAPI  # set by Ray
+
+    def check_health(self) -> None:
+        """Raise RuntimeError where a model cannot draw any more."""
+        service: Service = self.app.state.service
+        for line in service.lines.values():
+            if line.broken and not line.alive():
+                raise RuntimeError(f"{line.name} is down: {line.broken}")
 
 
 def start(host: str = "127.0.0.1", port: int = 8188, **options: Any) -> None:
@@ -73,13 +95,13 @@ def _ray_serve() -> Any:
     return serve
 
 
-def _builder(models: dict[str, str], settings: Settings) -> Callable[[], FastAPI]:
+def _builder(models: dict[str, str], settings: Settings, arguments: dict[str, str]) -> Callable[[], FastAPI]:
     """What every replica calls: opens its models and makes its server."""
 
     def build() -> FastAPI:
         from fewstep.serve.engine import open_engine
         from fewstep.serve.server import app
 
-        return app({name: open_engine(folder) for name, folder in models.items()}, settings)
+        return app({name: open_engine(folder, **given(arguments)) for name, folder in models.items()}, settings)
 
     return build

@@ -72,6 +72,7 @@ def app(models: Mapping[str, Draws | Sequence[Hand]], settings: Settings | None 
     made.include_router(shim.router)
     _own_routes(made)
     _errors(made)
+    _describe(made, settings)
     made.add_middleware(Door, service=service)
     return made
 
@@ -162,8 +163,7 @@ def _own_routes(made: FastAPI) -> None:
     @made.get("/healthz", summary="Whether every model has a worker that can draw")
     async def health(request: Request) -> JSONResponse:
         service = api.service_of(request)
-        lines = service.lines
-        ready = all(line.alive() for line in lines.values())
+        lines, ready = service.lines, service.ready()
         models: dict[str, dict[str, Any]] = {
             name: {"alive": line.alive(), "waiting": line.depth, "restarts": line.restarts} for name, line in lines.items()
         }
@@ -176,6 +176,20 @@ def _own_routes(made: FastAPI) -> None:
     async def metrics(request: Request) -> Response:
         service = api.service_of(request)
         return Response(service.figures.text(service.lines), media_type="text/plain; version=0.0.4")
+
+
+def _describe(made: FastAPI, settings: Settings) -> None:
+    """The description's bound of images is this server's own."""
+    described = made.openapi
+
+    def openapi() -> dict[str, Any]:
+        found = described()
+        schemas = found["components"]["schemas"]
+        for name, field in (("ImageRequest", "n"), ("Txt2Img", "batch_size"), ("Txt2Img", "n_iter")):
+            schemas[name]["properties"][field]["anyOf"][0]["maximum"] = settings.max_n
+        return found
+
+    made.openapi = openapi  # type: ignore[method-assign]
 
 
 def _errors(made: FastAPI) -> None:

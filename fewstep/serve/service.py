@@ -19,8 +19,9 @@ from PIL import Image, features
 
 from fewstep.serve import png
 from fewstep.serve.contract import Ask, Made
+from fewstep.serve.jobs import Job
 from fewstep.serve.metrics import Figures
-from fewstep.serve.queue import Died, Down, Full, Job, Line, TooLate
+from fewstep.serve.queue import Died, Down, Full, Line, TooLate
 
 SEEDS = 2**53  # below this JSON carries a seed exactly, also to a browser
 MOST_PROMPT = 4000  # characters
@@ -66,8 +67,12 @@ class Settings:
         for name in ("batch_wait_ms", "timeout_s", "kept_s"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} = {getattr(self, name)}: give a number of finite size")
-        if self.timeout_s <= 0 or self.batch_wait_ms < 0 or self.rate < 0 or self.kept_s <= 0:
-            raise ValueError("timeout must be above 0; batch_wait_ms and rate 0 or more")
+        for name in ("timeout_s", "kept_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} = {getattr(self, name):g}: give more than 0 seconds")
+        for name in ("batch_wait_ms", "rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name):g}: give 0 or more")
         if self.max_n > self.queue:
             fix = f"give a longer --queue, or --max-n {self.queue}"
             raise ValueError(f"max_n = {self.max_n} images of a request never fit a queue of {self.queue}: {fix}")
@@ -98,7 +103,7 @@ class Kept(NamedTuple):
 
 
 class Store:
-    """Images for `response_format: "url"`, under names that cannot be guessed; the oldest make room."""
+    """Images for `response_format: "url"`, under names that cannot be guessed; the oldest make room. For one thread."""
 
     def __init__(self, size: int, seconds: float) -> None:
         self.size, self.seconds = size, seconds
@@ -157,6 +162,10 @@ class Service:
         self.store = Store(self.settings.kept, self.settings.kept_s)
         self.rates = Rates(self.settings.rate)
 
+    def ready(self) -> bool:
+        """Whether every model has a worker that can draw."""
+        return all(line.alive() for line in self.lines.values())
+
     def line(self, model: str | None) -> Line:
         """A model's line; the first model is meant where none is named. Raises Refusal."""
         if model is None:
@@ -193,8 +202,9 @@ class Service:
             line.room_for(n)
             wait = self.rates.wait(client, n)
             if wait:
-                message = f"more than {settings.rate} images a minute; try again in {wait:.0f} s"
-                raise Refusal(429, message, "rate_limit_exceeded", retry_after=max(1, round(wait)))
+                seconds = math.ceil(wait)  # who comes back a moment too early is refused again
+                message = f"more than {settings.rate} images a minute; try again in {seconds} s"
+                raise Refusal(429, message, "rate_limit_exceeded", retry_after=seconds)
             jobs = line.put([replace(asked, seed=asked.seed + i) for i in range(n)], on_step, shown(previews, asked.steps or 1))
         except ValueError as error:
             raise Refusal(400, str(error), "invalid_value", _param(str(error))) from None
@@ -230,11 +240,12 @@ class Order:
         return [(image, self._told(image, job)) for image, job in zip(made, self.jobs, strict=True)]
 
     def _told(self, made: Made, job: Job) -> dict[str, Any]:
-        ask, contract = made.ask, self.line.contract
+        ask, contract = made.ask, job.by or self.line.contract
         seconds = {"queue": job.waited, **made.seconds}
         return {
             "model": self.line.name,
             "weights": contract.weights if contract else "",
+            "dtype": contract.dtype if contract else "",
             "prompt": ask.prompt,
             "negative_prompt": ask.negative_prompt,
             "seed": ask.seed,

@@ -61,13 +61,34 @@ WITHOUT_EFFECT = {  # here, whatever they say: of the second pass, of variation 
     "clip_skip",
 }
 OPTIONS: dict[str, Any] = {"samples_format": "png", "sd_vae": "Automatic", CLIP_SKIP: 1}
-SECOND_PASS = ("hr_", "firstphase_", "firstpass_", "refiner_switch_at", "hires_")  # without effect while it is off
+SECOND_PASS = {  # without effect while it is off; the last three are of a fork
+    "firstpass_image",
+    "firstphase_width",
+    "firstphase_height",
+    "refiner_switch_at",
+    "hr_scale",
+    "hr_upscaler",
+    "hr_second_pass_steps",
+    "hr_resize_x",
+    "hr_resize_y",
+    "hr_checkpoint_name",
+    "hr_sampler_name",
+    "hr_scheduler",
+    "hr_prompt",
+    "hr_negative_prompt",
+    "hr_additional_modules",
+    "hr_cfg",
+    "hr_distilled_cfg",
+}
 
 
 class Txt2Img(BaseModel):
-    """What `POST /sdapi/v1/txt2img` takes; fields not named here must have their neutral value."""
+    """What `POST /sdapi/v1/txt2img` takes; fields not named here must have their neutral value.
 
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    Not strict: its clients send "20" and 20.0 for 20, which A1111 takes.
+    """
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     prompt: str = Field(min_length=1, max_length=MOST_PROMPT)
     negative_prompt: str | None = Field(None, max_length=MOST_PROMPT)
@@ -122,8 +143,7 @@ async def txt2img(asked: Txt2Img, request: Request) -> dict[str, Any] | Response
 
 def _neutral(given: dict[str, Any]) -> None:
     for name, value in given.items():
-        known = name in NEUTRAL or name in WITHOUT_EFFECT or name.startswith(SECOND_PASS)
-        if not known:
+        if name not in NEUTRAL.keys() | WITHOUT_EFFECT | SECOND_PASS:
             raise Refusal(400, f"unknown field {name[:80]!r}: leave it out", "unknown_field", name[:80])
         if name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
             raise Refusal(400, f"{name} cannot be honoured here: leave it out", "unsupported", name)

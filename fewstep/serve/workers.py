@@ -19,7 +19,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,8 +28,10 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fewstep.engine import loading
 from fewstep.serve.contract import Ask, Contract, Made
-from fewstep.serve.queue import Batch, Died, StepCall, Stopped
+from fewstep.serve.jobs import Batch, StepCall
+from fewstep.serve.queue import Died, Stopped
 
 LENGTHS = struct.Struct(">IQ")
 OPENER = "fewstep.serve.engine:open_engine"
@@ -60,14 +62,16 @@ class InProcess:
 
     def __init__(self, engine: Draws) -> None:
         self.engine = engine
-        self._thread = ThreadPoolExecutor(1, "engine")
+        self._thread, self._ended = ThreadPoolExecutor(1, "engine"), asyncio.Event()
 
     def alive(self) -> bool:
-        """Always."""
-        return True
+        """Until it is closed."""
+        return not self._ended.is_set()
 
     async def start(self) -> Contract:
-        """The engine is open already."""
+        """The engine is open already. Raises ValueError where it was closed: nobody here can open it again."""
+        if not self.alive():
+            raise ValueError("its engine failed again and again, and lives in the server's own process; start that again")
         return self.engine.contract
 
     async def draw(self, batch: Batch) -> list[Made]:
@@ -82,11 +86,12 @@ class InProcess:
         return await loop.run_in_executor(self._thread, _draw, self.engine, asks, watched, shown, tell, stop.is_set)
 
     async def gone(self) -> None:
-        """Never."""
-        await asyncio.Event().wait()
+        """Return when it is closed."""
+        await self._ended.wait()
 
     async def close(self) -> None:
         """End the thread."""
+        self._ended.set()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
@@ -119,6 +124,11 @@ class Spec:
     arguments: dict[str, str]
     opener: str = OPENER
     threads: int = 0
+
+
+def given(arguments: Mapping[str, str]) -> dict[str, Any]:
+    """Arguments of an opener as it takes them: paths where they are meant."""
+    return {name: Path(value) if name in PATHS else value for name, value in arguments.items()}
 
 
 class Process:
@@ -306,8 +316,9 @@ class _Worker:
     def run(self, spec: Spec) -> None:
         try:
             module, _, function = spec.opener.partition(":")
-            given = {name: Path(value) if name in PATHS else value for name, value in spec.arguments.items()}
-            engine: Draws = getattr(importlib.import_module(module), function)(spec.source, **given)
+            with loading.libraries():
+                opener = getattr(importlib.import_module(module), function)
+            engine: Draws = opener(spec.source, **given(spec.arguments))
         except (ValueError, OSError) as error:
             self.say({"is": "unready", "message": " ".join(str(error).split())})
             return

@@ -18,7 +18,8 @@ from fewstep import noise
 from fewstep.conditioning import TextCond
 from fewstep.engine.log import Progress
 from fewstep.evaluate import outcomes
-from fewstep.evaluate.protocol import Protocol, noise_index, shapes_protocol
+from fewstep.evaluate.benchmark import noise_index
+from fewstep.evaluate.protocol import Protocol, shapes_protocol
 from fewstep.flow import Velocity
 from fewstep.guidance import guided
 from fewstep.models import sd3
