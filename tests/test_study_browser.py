@@ -172,6 +172,51 @@ def test_an_answer_outlives_a_lost_connection_and_a_closed_page(served: tuple[St
     context.close()
 
 
+def test_a_pair_is_answered_only_once_both_of_its_images_are_there(served: tuple[Store, str], browser: Any) -> None:
+    study, base = served
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(ballots.personal_links(study, 1, base, 1.0)[0])
+    page.check("input[name=agree]")
+    page.click("button.go")
+    page.wait_for_selector("form[action$='/begin']")
+    asked: list[str] = []
+
+    def broken(route: Any) -> None:
+        """The first image of all does not come: once not at all, once damaged."""
+        asked.append(route.request.url)
+        first = asked[0].split("?")[0]
+        tries = sum(url.split("?")[0] == first for url in asked)
+        if route.request.url.split("?")[0] != first or tries > 2:
+            route.continue_()
+        elif tries == 1:
+            route.abort()
+        else:
+            route.fulfill(status=200, content_type="image/png", body=b"no image")
+
+    page.route("**/i/*", broken)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#notice .said")
+    assert "image has not loaded" in page.inner_text("#notice")
+    assert page.eval_on_selector_all("#answers button", "all => all.every((e) => e.disabled)")
+    assert page.query_selector(".ballot[data-ready]") is None
+    before = assignment(page)
+    page.wait_for_timeout(270)
+    page.keyboard.press("1")
+    page.wait_for_timeout(100)
+    assert assignment(page) == before
+    page.wait_for_selector(".ballot[data-ready]", timeout=10_000)
+    assert page.inner_text("#notice") == "" and sum(u.split("?")[0] == asked[0] for u in asked) == 3
+    shown = page.eval_on_selector_all("#pair img", "all => all.map((e) => e.naturalWidth)")
+    assert min(shown) > 0 and not page.is_disabled("#answers button")
+    press(page, "1")
+    who = links.read(study.secret, page.url.rsplit("/", 1)[1], time.time()).annotator
+    code = ballots.people(study)[who - 1]["code"]
+    own = [v for v in store.votes(study.engine) if v["annotator"] == code]
+    assert len(own) == 1 and own[0]["rt_ms"] < 2500  # counted from when both were there
+    context.close()
+
+
 def test_an_answer_refused_for_the_day_is_said_in_the_servers_words_and_not_kept(tmp_path: Path, browser: Any) -> None:
     import uvicorn
 

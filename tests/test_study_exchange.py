@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fewstep.evaluate.benchmark import digest
-from fewstep.study import archive, exchange, rows, simulate, store
+from fewstep.study import archive, database, exchange, rows, simulate, store
 
 NASTY = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
     ["=1+1", "+1", "-2", "@SUM(A1)", "'quoted", "'=x", "a,b", 'say "hi"', "two\nlines", "\r\n", "\t", "<script>x</script>",
@@ -60,7 +60,7 @@ def study(folder: Path, texts: dict[int, str] | None = None, title: str = "A stu
     }  # fmt: skip
     votes = simulate.answers(record, ARMS, annotators=4, overlap=0.5, checks=0.3)
     votes[0]["rt_ms"] = None
-    engine = store.connect(store.sqlite_url(folder / store.DATABASE))
+    engine = database.connect(database.sqlite_url(folder / store.DATABASE))
     store.restore(engine, record, votes)
     engine.dispose()
     return folder
@@ -116,9 +116,9 @@ LINE = st.fixed_dictionaries(
 def test_tables_keep_every_text(votes: list[dict[str, Any]]) -> None:
     table = [rows.row(v) for v in votes]
     for back in (
-        rows.from_csv(rows.to_csv(table)),
-        rows.from_jsonl(rows.to_jsonl(table)),
-        rows.from_parquet(rows.to_parquet(table, {}))[0],
+        rows.from_csv(io.StringIO(rows.to_csv(table), newline="")),
+        rows.from_jsonl(io.BytesIO(rows.to_jsonl(table).encode())),
+        rows.from_parquet(io.BytesIO(rows.to_parquet(table, {})))[0],
     ):
         assert [rows.vote_of(r, "x") for r in back] == votes
 
@@ -177,6 +177,82 @@ def test_a_strangers_arena_can_be_analysed(tmp_path: Path) -> None:
     record, votes = held(tmp_path / "s")
     assert {v["annotator"] for v in votes} == {"p1", "p2", "p3"} and len(record["prompts"]) == 4
     assert votes[1]["choice"] == "both_bad" and votes[0]["prompt_text"] == "what is 0?" and record["title"] == "arena"
+
+
+def test_judges_may_be_numbers_or_nobody(tmp_path: Path) -> None:
+    lines = [{"model_a": "x", "model_b": "y", "winner": "tie", "judge": who} for who in (5, 5, 7, None)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    exchange.import_(tmp_path / "a.jsonl", tmp_path / "s")
+    assert [v["annotator"] for v in held(tmp_path / "s")[1]] == ["5", "5", "7", "unknown"]
+
+
+def small_in_the_file(path: Path, count: int, row: dict[str, Any]) -> Path:
+    """A Parquet file of equal rows, each text of which it holds once."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    zeros = pa.array(np.zeros(count, np.int8))
+    columns = {name: pa.DictionaryArray.from_arrays(zeros, pa.array([value])) for name, value in row.items()}
+    parquet.write_table(pa.table(columns), path, compression="zstd")
+    return path
+
+
+ARENA_ROW = {"model_a": "x" * 1000, "model_b": "y", "winner": "model_a"}
+
+
+def test_a_small_file_of_millions_of_rows_is_refused_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bomb = small_in_the_file(tmp_path / "bomb.parquet", rows.MAX_ROWS + 1, ARENA_ROW)
+    assert bomb.stat().st_size < 200_000
+    monkeypatch.setattr(rows, "_cells", lambda *_: pytest.fail("rows were read"))
+    with pytest.raises(ValueError, match="it holds 500,001 rows: no more than 500,000 are read"):
+        exchange.import_(bomb, tmp_path / "s")
+    monkeypatch.setattr(rows, "MAX_CELLS", 1000)
+    with pytest.raises(ValueError, match="unpacks to"):
+        exchange.import_(small_in_the_file(tmp_path / "wide.parquet", 10, ARENA_ROW), tmp_path / "s")
+
+
+def test_equal_texts_of_a_parquet_file_are_one_in_memory(tmp_path: Path) -> None:
+    with small_in_the_file(tmp_path / "many.parquet", 1000, ARENA_ROW | {"unknown": "z"}).open("rb") as file:
+        read = list(rows.from_parquet(file)[0])
+    assert len(read) == 1000 and len({id(r["model_a"]) for r in read}) == 1 and "unknown" not in read[0]
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.jsonl", "x.json", "x.zip"])
+def test_each_row_is_checked_before_the_next_is_read_and_rows_are_counted(
+    voted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    good = exchange.export(voted, tmp_path / name)
+    monkeypatch.setattr(rows, "MAX_ROWS", 20)
+    with pytest.raises(ValueError, match="more than 20 rows"):
+        exchange.import_(good, tmp_path / "s")
+    if name == "x.json":
+        monkeypatch.setattr(rows, "MAX_WHOLE", 1000)
+        with pytest.raises(ValueError, match="more than 0 MiB"):
+            exchange.import_(good, tmp_path / "s")
+        return
+    later = {
+        "x.csv": b"model_a,model_b,winner\nx,y,nobody\nx\n", "x.jsonl": b'{"model_a": 1}\n{{{',
+        "x.zip": b"{}\n{{{",
+    }[name]  # fmt: skip
+    if name == "x.zip":
+        rebuilt(good, tmp_path / "x.zip", lambda c: c.update({"votes.jsonl": later}))
+    else:
+        good.write_bytes(later)
+    with pytest.raises(ValueError, match="row 1"):
+        exchange.import_(good, tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_lines_and_records_have_a_largest_size(voted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'{"model_a": "' + b"x" * rows.MAX_LINE + b'"}')
+    with pytest.raises(ValueError, match="line 1 has more than 4 MiB"):
+        exchange.import_(tmp_path / "x.jsonl", tmp_path / "s")
+    for name in ("x.zip", "x.parquet"):
+        exchange.export(voted, tmp_path / name)
+    monkeypatch.setattr(rows, "MAX_WHOLE", 1000)
+    for name, words in (("x.zip", "more than is allowed"), ("x.parquet", "record in its metadata has more than")):
+        with pytest.raises(ValueError, match=words):
+            exchange.import_(tmp_path / name, tmp_path / "s")
 
 
 def rebuilt(source: Path, out: Path, change: Callable[[dict[str, bytes]], None], truthful: bool = True) -> Path:

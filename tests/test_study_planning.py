@@ -61,11 +61,11 @@ def test_likeness_finds_what_was_put_in() -> None:
     ]
     found = planning.likeness(votes)
     assert found.prompt == pytest.approx(correlation, abs=0.03)
-    assert (found.annotator, found.per_prompt, found.per_annotator) == (0, 4, 1)
+    assert (found.per_prompt, found.per_annotator) == (4, 1) and math.isnan(found.annotator)  # each gave one vote
     # and the design effect is how much more the mean scatters
     means = [(rng.random(len(prompt)) < rng.beta(spread / 2, spread / 2, prompts)[prompt]).mean() for _ in range(600)]
     assert np.var(means) / (0.25 / len(prompt)) == pytest.approx(1 + 3 * correlation, rel=0.15)
-    assert found.design_effect == pytest.approx(1 + 3 * correlation, rel=0.08)
+    assert planning.design_effect(found.prompt, 0.0, 4, 1) == pytest.approx(1 + 3 * correlation, rel=0.08)
 
 
 def test_which_arm_a_pair_calls_a_does_not_matter() -> None:
@@ -161,6 +161,37 @@ def test_likeness_is_that_of_images_where_clusters_have_one_size() -> None:
     values = np.random.default_rng(0).normal(size=(40, 1)) + np.random.default_rng(1).normal(size=(40, 3))
     other = evaluation.intra_prompt_correlation(values)
     assert planning.intraclass(values.ravel(), np.repeat(np.arange(40), 3)) == pytest.approx(other)
+
+
+def test_a_pilot_tells_likeness_and_the_plan_tells_how_many_votes_share_it() -> None:
+    arms, alike = {"s": 0.0, "t": 0.0}, simulate.Effects(prompt=1.2, image=0.2, annotator=0.2)
+    asked = {"seeds": 2, "annotators": 10, "overlap": 0.0, "checks": 0.0, "effects": alike}
+    votes = simulate.votes(arms, prompts=2000, **asked)  # type: ignore[arg-type]
+    found = planning.pilot(votes)["quality"]
+    assert found == planning.likeness(votes) and found.per_prompt == 2
+    larger = planning.likeness(simulate.votes(arms, prompts=1000, **{**asked, "seeds": 6}))  # type: ignore[arg-type]
+    assert found.prompt == pytest.approx(larger.prompt, abs=0.06)  # the same people and prompts, whatever the design
+    design = {"slots": {"quality": 6000, "adherence": 6000}, "contests": 1, "prompts": 1000, "annotators": 30}
+    sizes = planning.sizes_of(design)
+    assert sizes == (6, 200)
+    assert planning.design_effect(found.prompt, 0, *sizes) == pytest.approx(1 + 5 * larger.prompt, abs=0.3)
+    plan = planning.describe(3, checks=0.1, overlap=0.15)
+    for_plan = planning.sizes_for(3, checks=0.1, overlap=0.15)
+    assert for_plan.per_prompt == pytest.approx(plan["votes_per_pair"] / plan["prompts"], rel=0.01)
+    each = plan["counted_votes"] / plan["annotators"] / plan["questions"] / plan["pairs"]
+    assert for_plan.per_annotator == pytest.approx(each, rel=0.02)
+
+
+def test_a_pilot_of_single_votes_does_not_pass_for_one_without_likeness() -> None:
+    arms = {"s": 0.0, "t": 0.0}
+    single = simulate.votes(arms, prompts=50, seeds=1, annotators=5, overlap=0, checks=0)
+    assert math.isnan(planning.likeness(single).prompt)
+    with pytest.raises(ValueError, match=r"do not tell how alike votes of one prompt are.*or --design-effect"):
+        planning.pilot(single)
+    with pytest.raises(ValueError, match="do not tell how alike votes of one annotator are"):
+        planning.pilot(simulate.votes(arms, prompts=20, seeds=2, annotators=1, overlap=0, checks=0))
+    with pytest.raises(ValueError, match="holds no votes"):
+        planning.pilot([])
 
 
 def test_a_made_study_says_what_it_can_show() -> None:

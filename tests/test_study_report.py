@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from study_help import answer, everybody, ready, tiny_study
 from test_study_exchange import png, study
 
-from fewstep.study import analysis, exchange, report, simulate, store
+from fewstep.study import analysis, ballots, database, design, exchange, report, simulate, store
 
 EVIL = '<script>alert("x")</script>'
 
@@ -247,17 +250,123 @@ def test_another_anchor_and_an_unknown_one(tmp_path: Path) -> None:
 
 
 def test_a_rehearsal_is_a_study_that_nobody_voted_in(tmp_path: Path) -> None:
-    folder = study(tmp_path / "s")
+    strengths = {"teacher": 0.0, "student <b>": 0.3}
+    folder = tiny_study(tmp_path, arms=2, annotators=5, title="A study").folder
     before = (folder / store.DATABASE).read_bytes()
-    count = simulate.rehearse(folder, tmp_path / "r", {"teacher": 0.0, "student": 0.3}, annotators=5)
+    count = simulate.rehearse(folder, tmp_path / "r", strengths)
     report.write(tmp_path / "r")
     told = json.loads((tmp_path / "r" / "report.json").read_text())
     assert told["title"] == "Rehearsal: A study" and sum(told["counts"][k] for k in ("normal", "gold", "repeat")) == count
     assert set(told["questions"]) == {"quality", "adherence"} and (folder / store.DATABASE).read_bytes() == before
+    with pytest.raises(ValueError, match="is where a study keeps its own files"):
+        exchange.export(tmp_path / "r", tmp_path / "r" / "x.csv")
     with pytest.raises(ValueError, match="is there already"):
-        simulate.rehearse(folder, tmp_path / "r", {"teacher": 0.0, "student": 0.3})
+        simulate.rehearse(folder, tmp_path / "r", strengths)
     with pytest.raises(ValueError, match="strengths are needed of teacher, student"):
         simulate.rehearse(folder, tmp_path / "q", {"teacher": 0.0})
+    with pytest.raises(ValueError, match="no plan to rehearse"):
+        simulate.rehearse(study(tmp_path / "s"), tmp_path / "q", {"teacher": 0.0, "student": 0.3})
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        {"annotators": 2, "overlap": 0.0, "gold": 0.1, "repeat": 0.0},
+        {"annotators": 3, "overlap": 0.5, "gold": 0.0, "repeat": 0.2},
+        {"annotators": 4, "arms": 4, "overlap": 0.15, "gold": 0.1, "repeat": 0.1},
+    ],
+)
+def test_a_rehearsal_is_that_of_the_plan(tmp_path: Path, wishes: dict[str, Any]) -> None:
+    planned = tiny_study(tmp_path, **{"arms": 2, **wishes})
+    plan, names = planned.protocol["design"], [a["name"] for a in planned.protocol["arms"]]
+    simulate.rehearse(planned.folder, tmp_path / "r", dict.fromkeys(names, 0.0))
+    votes = store.votes(store.open_study(tmp_path / "r").engine)
+    asked = Counter((s["question"], s["pair"], bool(s["left_is_a"])) for s in store.slots(planned.engine))
+    normal = [v for v in votes if v["kind"] == "normal"]
+    assert Counter((v["question"], v["pair_id"], v["left_is_a"]) for v in normal) == asked
+    seen = Counter((v["question"], v["pair_id"], v["annotator"]) for v in normal)
+    assert set(seen.values()) == {1}  # nobody judges a pair twice
+    for question in planned.protocol["questions"]:
+        for who in range(1, plan["annotators"] + 1):
+            own = [v for v in votes if v["question"] == question and v["annotator"] == f"p{who - 1:03d}"]
+            kinds = Counter(design.block_of(plan, who, question))
+            assert sum(v["kind"] == "gold" for v in own) <= kinds["gold"]
+            assert sum(v["kind"] == "repeat" for v in own) <= kinds["repeat"]
+            assert abs(len(own) - sum(kinds.values())) <= 2  # the last ones get the remainder
+    assert len({v["annotator"] for v in votes}) == wishes["annotators"]
+    for kind in ("gold", "repeat"):
+        assert any(v["kind"] == kind for v in votes) == (wishes[kind] > 0)
+    by_id = {v["vote_id"]: v for v in votes}
+    for again in (v for v in votes if v["kind"] == "repeat"):
+        first = by_id[again["repeat_of"]]
+        assert (first["pair_id"], first["annotator"]) == (again["pair_id"], again["annotator"])
+        assert first["left_is_a"] != again["left_is_a"]
+
+
+def test_a_rehearsal_of_fewer_people_asks_each_of_them_more(tmp_path: Path) -> None:
+    planned = tiny_study(tmp_path, arms=2, annotators=6, overlap=0.0)
+    simulate.rehearse(planned.folder, tmp_path / "r", {"teacher": 0.0, "student <b>": 0.0}, annotators=2, careless=[1])
+    votes = store.votes(store.open_study(tmp_path / "r").engine)
+    assert {v["annotator"] for v in votes} == {"p000", "p001"}
+    assert sum(v["kind"] == "normal" for v in votes) == sum(planned.protocol["design"]["slots"].values())
+    with pytest.raises(ValueError, match="annotators must be 1"):
+        simulate.rehearse(planned.folder, tmp_path / "q", {"teacher": 0.0, "student <b>": 0.0}, annotators=0)
+
+
+def told_of(folder: Path) -> dict[str, Any]:
+    report.write(folder)
+    return json.loads((folder / "report.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_a_study_of_small_blocks_does_not_leave_its_people_out(tmp_path: Path) -> None:
+    """Twelve people with two pairs a question each, by the rules that a plan writes down by itself."""
+    small = tiny_study(tmp_path, arms=2, annotators=12)
+    rule = small.protocol["exclusion"]["min_votes"]
+    assert rule == small.protocol["design"]["normal_per_block"] == 2
+    assert tiny_study(tmp_path / "large", arms=4, annotators=4).protocol["exclusion"]["min_votes"] == 10
+    everybody(small, [ballots.enrol(small) for _ in range(12)], random.Random(0))
+    told = told_of(small.folder)
+    assert told["counts"]["normal"] == sum(small.protocol["design"]["slots"].values()) and told["excluded"] == []
+
+
+def test_who_answered_all_that_they_were_given_counts_and_who_left_early_does_not(tmp_path: Path) -> None:
+    at = [1_800_000_000.0]
+    planned = tiny_study(tmp_path, lambda: at[0], arms=2, annotators=4, overlap=0.0, gold=0.0, repeat=0.0)
+    assert planned.protocol["exclusion"]["min_votes"] == 3
+    early, now = ready(planned)
+    answer(planned, early, now=now)  # and closes the page
+    at[0] += 3600
+    everybody(planned, [ballots.enrol(planned) for _ in range(3)], random.Random(0))
+    late = ballots.enrol(planned)  # gets the remainder
+    everybody(planned, [late], random.Random(0))
+    by_number = {p["number"]: p for p in ballots.people(planned)}
+    assert by_number[late]["votes"] > 3
+    last = max(v["vote_id"] for v in store.votes(planned.engine))
+    assert by_number[late]["code"] in store.study_record(planned.engine)["finished"]
+    ballots.undo(planned, late, last)
+    assert by_number[late]["code"] not in store.study_record(planned.engine)["finished"]
+    everybody(planned, [late], random.Random(0))
+    record, votes = store.study_record(planned.engine), store.votes(planned.engine)
+    assert len(record["finished"]) == 4 and by_number[early]["code"] not in record["finished"]
+    few = analysis.Rules(min_votes=99)
+    assert [e["annotator"] for e in analysis.excluded(votes, few, record["finished"])] == [by_number[early]["code"]]
+    told = told_of(planned.folder)
+    assert [e["annotator"] for e in told["excluded"]] == [by_number[early]["code"]]
+    exchange.export(planned.folder, tmp_path / "s.zip")
+    exchange.import_(tmp_path / "s.zip", tmp_path / "t")
+    assert told_of(tmp_path / "t") == told and store.study_record(store.open_study(tmp_path / "t").engine) == record
+    with pytest.raises(ValueError, match="finished people are not those who voted"):
+        store.restore(database.connect("sqlite://"), {**record, "finished": ["nobody"]}, votes)
+
+
+def test_where_the_rules_leave_everybody_out_the_verdict_says_so() -> None:
+    told = report.build(record_of(VOTES, anchor="teacher@32", exclusion={"min_votes": 10**6}), VOTES)
+    assert told["counts"]["normal"] == 0
+    assert told["sentences"] == [
+        "No vote counts in quality: all 12 people were left out by the rules of the protocol.",
+        "No vote counts in following the prompt: all 12 people were left out by the rules of the protocol.",
+    ]
+    assert "all 12 people were left out" in Page(report.html(told)).text
 
 
 def test_pictures_that_are_missing_or_no_pictures_are_left_out(tmp_path: Path) -> None:

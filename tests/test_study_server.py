@@ -256,6 +256,11 @@ def test_the_command_plans_makes_links_and_checks_codes(call: Call, tmp_path: Pa
         ("plan", "--arms", *sets, "--out", "."), ("plan", "--design-effect", "2", "--pilot", "s"), ("plan", "--pilot", "s"),
         ("links", "s", "1", "--days", "inf"), ("links", "s", "1", "--days", "nan"), ("serve", "s", "--link-days", "nan"),
         ("serve", "s", "--port", "99999"), ("serve", "s", "--joins-per-minute", "nan"),
+        ("links", "s", "5", "--again", "1"), ("links", "s", "5", "--codes"), ("links", "s", "--again", "1", "--codes"),
+        ("plan", "--title", ""), ("plan", "--title", "Mine"), ("plan", "--daily-cap", "0"), ("plan", "--daily-cap", "9"),
+        ("plan", "--contact", "x"), ("plan", "--warning", "x"), ("plan", "--pay", "x"), ("plan", "--lease-minutes", "9"),
+        ("plan", "--seed", "1"), ("plan", "--out", "t"), ("plan", "--database", "postgresql://x"), ("plan", "--gold", "0.6"),
+        ("plan", "--repeat", "0.5"), ("plan", "--overlap", "2"),
     ):  # fmt: skip
         code, _, err = call("study", *wrong)
         assert code == 2 and "Traceback" not in err, (wrong, err)
@@ -266,13 +271,30 @@ def test_a_pilots_votes_tell_the_design_effect(call: Call, tmp_path: Path) -> No
     from fewstep.study import planning, simulate
 
     study = tiny_study(tmp_path, arms=2, annotators=4)
-    simulate.rehearse(study.folder, tmp_path / "pilot", {"teacher": 0.0, "student <b>": 0.2}, 4, checks=0.0)
-    votes = store.votes(store.open_study(tmp_path / "pilot").engine)
-    found = [planning.likeness([v for v in votes if v["question"] == q]).design_effect for q in ("adherence", "quality")]
+    simulate.rehearse(study.folder, tmp_path / "pilot", {"teacher": 0.0, "student <b>": 0.2})
+    alike = planning.pilot(store.votes(store.open_study(tmp_path / "pilot").engine))
+
+    def effects(sizes: planning.Sizes) -> list[float]:
+        return [planning.design_effect(alike[q].prompt, alike[q].annotator, *sizes) for q in ("adherence", "quality")]
+
+    found = effects(planning.sizes_for(2))
     code, out, err = call("study", "plan", "--pilot", str(tmp_path / "pilot"))
     assert code == 0, err
     assert f"adherence {found[0]:.2f}, quality {found[1]:.2f}" in out
     assert planning.show(planning.describe(2, design_effect=max(found))) in out
+    sets = tiny_sets(tmp_path / "more", 3)
+    code, out, err = call("study", "plan", "--pilot", tmp_path / "pilot", "--arms", *sets, "--out", "m")
+    assert code == 0, err
+    made = json.loads(Path("m/protocol.json").read_text())["design"]
+    assert planning.promised(made, max(effects(planning.sizes_of(made)))) in out
+
+
+def test_a_pilot_of_single_votes_is_refused_before_anything_is_made(call: Call, tmp_path: Path) -> None:
+    lines = [f"x,y,{w},p{i % 2},{i}" for i, w in enumerate(["model_a", "model_b"] * 5)]
+    (tmp_path / "pilot.csv").write_text("\n".join(["model_a,model_b,winner,judge,prompt", *lines]))
+    assert call("study", "import", tmp_path / "pilot.csv", "--out", "pilot")[0] == 0
+    code, _, err = call("study", "plan", "--arms", *tiny_sets(tmp_path / "sets", 2), "--out", "t", "--pilot", "pilot")
+    assert code == 2 and "alike votes of one prompt" in err and not Path("t").exists()
 
 
 def test_a_taken_port_is_said_in_one_line_and_nothing_claims_to_serve(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import random
+import sqlite3
 import stat
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +17,11 @@ from typing import Any
 import pytest
 import sqlalchemy as sql
 from PIL import Image
+from starlette.testclient import TestClient
 from study_help import answer, everybody, ready, tiny_sets, tiny_study
 
 from fewstep.evaluate import image_sets
-from fewstep.study import ballots, links, make, store
+from fewstep.study import ballots, database, links, make, server, store
 from fewstep.study import tables as t
 from fewstep.study.ballots import Turned
 from fewstep.study.store import Store
@@ -310,10 +313,39 @@ def test_what_was_deleted_is_in_no_file_and_a_copied_file_has_every_vote(tmp_pat
         assert text not in files()
     other, _ = ready(study)
     answer(study, other)
-    store.fold(study.engine)
+    database.fold(study.engine)
     copy = tmp_path / "copy.sqlite"
     copy.write_bytes((study.folder / store.DATABASE).read_bytes())
-    assert len(store.votes(store.connect(store.sqlite_url(copy)))) == 1
+    assert len(store.votes(database.connect(database.sqlite_url(copy)))) == 1
+
+
+def test_another_program_that_reads_delays_nobody_and_deleted_is_deleted_when_it_ends(tmp_path: Path) -> None:
+    study = tiny_study(tmp_path, arms=2)
+    who = ballots.enrol(study, "SECRETPID777", "STUDY888", "SESSION999")
+    ballots.consent(study, who)
+    reader = sqlite3.connect(study.folder / store.DATABASE)  # a report, a backup
+    reader.execute("BEGIN")
+    reader.execute("SELECT count(*) FROM vote").fetchone()
+    begun = time.monotonic()
+    ballots.withdraw(study, who)
+    other, _ = ready(study)
+    ballots.tidy(study)
+    assert time.monotonic() - begun < 10 and study.owed.is_set()
+
+    def files() -> bytes:
+        return b"".join(p.read_bytes() for p in study.folder.iterdir() if p.is_file())
+
+    assert b"SECRETPID777" in files()
+    reader.close()
+    client = TestClient(server.app(study))
+    assert client.get("/health").status_code == 200 and not study.owed.is_set()  # whatever is asked next
+    assert b"SECRETPID777" not in files()
+    study.owed.set()
+    assert client.get(ballots.personal_links(study, 1, "http://testserver", 1.0)[0]).status_code == 200
+    assert not study.owed.is_set()
+    with study.engine.connect() as connection:  # a statement waits as long as ever
+        assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == database.BUSY_MS
+    assert ballots.now(study, other).stage == "pair"
 
 
 def test_both_blocks_come_one_after_the_other_each_with_its_introduction(planned: Planned) -> None:
@@ -368,7 +400,7 @@ def test_an_export_comes_back_as_it_was_and_is_not_served(planned: Planned, tmp_
     everybody(study, [ballots.enrol(study) for _ in range(2)], random.Random(0))
     record, votes = store.study_record(study.engine), store.votes(study.engine)
     record, votes = json.loads(json.dumps([record, votes]))
-    engine = store.connect(store.sqlite_url(tmp_path / "again ?&.sqlite"))
+    engine = database.connect(database.sqlite_url(tmp_path / "again ?&.sqlite"))
     store.restore(engine, record, votes)
     assert store.votes(engine) == votes and store.study_record(engine) == record
     with pytest.raises(ValueError, match="holds a study already"):
@@ -379,7 +411,7 @@ def test_an_export_comes_back_as_it_was_and_is_not_served(planned: Planned, tmp_
         ("rt_ms", True),
     ]  # fmt: skip
     for key, value in broken:
-        other = store.connect("sqlite://")
+        other = database.connect("sqlite://")
         with pytest.raises(ValueError, match="vote 0 of the export"):
             store.restore(other, record, [{**votes[0], key: value}])
     with pytest.raises(ValueError, match="hash"):
@@ -389,15 +421,15 @@ def test_an_export_comes_back_as_it_was_and_is_not_served(planned: Planned, tmp_
     for change in ({"image_a": "/etc/private"}, {"image_b": "../secret"}, {"image_a": 7}):
         pairs = [{**record["pairs"][0], **change}, *record["pairs"][1:]]
         with pytest.raises(ValueError, match="the id of no image"):
-            store.restore(store.connect("sqlite://"), {**record, "pairs": pairs}, votes)
+            store.restore(database.connect("sqlite://"), {**record, "pairs": pairs}, votes)
     named = [{**i, "id": "../" + i["id"]} for i in record["images"]]
     with pytest.raises(ValueError, match="the id of no image"):
-        store.restore(store.connect("sqlite://"), {**record, "images": named}, votes)
+        store.restore(database.connect("sqlite://"), {**record, "images": named}, votes)
     huge = [{**i, "prompt": 2**70} for i in record["images"]]
     with pytest.raises(ValueError, match="refused the study"):
-        store.restore(store.connect("sqlite://"), {**record, "images": huge}, votes)
+        store.restore(database.connect("sqlite://"), {**record, "images": huge}, votes)
     with pytest.raises(ValueError, match="lists no pairs"):
-        store.restore(store.connect("sqlite://"), {**record, "pairs": None}, votes)
+        store.restore(database.connect("sqlite://"), {**record, "pairs": None}, votes)
     restored = store.Store(engine, tmp_path, b"", record["protocol"])
     with pytest.raises(ValueError, match=r"secret\.key"):
         from fewstep.study import server
@@ -480,7 +512,7 @@ def test_what_is_no_study_is_refused_in_words(tmp_path: Path) -> None:
         store.open_study(tmp_path)
     for url in ("mysql://root@localhost/x", "no url", "oracle://x"):
         with pytest.raises(ValueError, match="URL|Postgres"):
-            store.connect(url)
+            database.connect(url)
     with pytest.raises(ValueError) as refused:
         store.open_study(tmp_path, "postgresql://user:hush@127.0.0.1:1/none")
     assert "hush" not in str(refused.value)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+
+if TYPE_CHECKING:
+    from fewstep.study.planning import Likeness, Sizes
 
 app = tyro.extras.SubcommandApp()
 
@@ -14,7 +18,7 @@ Database = Annotated[str | None, tyro.conf.arg(metavar="URL")]
 
 def plan(
     arms: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="DIR")] = (),
-    out: Path = Path("runs/study"),
+    out: Path | None = None,
     per_pair: int | None = None,
     annotators: int | None = None,
     gold: float = 0.05,
@@ -46,7 +50,8 @@ def plan(
 
     Args:
         arms: image sets of one benchmark, the anchor (such as the teacher) first.
-        out: folder to make: images under names that say nothing, database, protocol, and the secret that signs links.
+        out: folder to make: images under names that say nothing, database, protocol, and the secret that signs links;
+            by default runs/study.
         per_pair: votes of each arm pair and question; by default one for every prompt and seed.
         annotators: expected number of people; by default as many as about 160 votes each need.
         gold: share of an annotator's pairs that have a known answer.
@@ -63,58 +68,75 @@ def plan(
         number_of_arms: without --arms: how many there will be; 2 by default.
         win_rate: without --arms: smallest share of votes that is to be told from a half; 0.55 by default.
         design_effect: votes that are worth one independent vote, 1.5 to 2.5 as a rule; 2 by default.
-        pilot: folder of a study whose votes tell the design effect.
+        pilot: folder of a study whose votes tell how alike votes are, and so the design effect of this one.
         seconds_per_vote: of an annotator's time.
         pay_per_hour: in any currency.
     """
     from fewstep.study import make, planning
 
-    _one_way(bool(arms), per_pair=per_pair, annotators=annotators, number_of_arms=number_of_arms, win_rate=win_rate)
-    effect = _effect(design_effect, pilot)
-    if not arms:
-        told = planning.describe(
-            2 if number_of_arms is None else number_of_arms, 0.55 if win_rate is None else win_rate, effect, seconds_per_vote,
-            pay_per_hour, checks=gold + repeat, overlap=overlap,
-        )  # fmt: skip
-        print(planning.show(told))
-        return
-
     wish = make.Wish(
         title, per_pair, annotators, gold, repeat, overlap, seed, warning, pay, contact, lease_minutes, daily_cap
     )
-    made = make.make(arms, out, wish, database)["design"]
+    if arms:
+        _refuse("without --arms", number_of_arms=number_of_arms, win_rate=win_rate)
+    else:
+        usual = make.Wish()
+        changed = {f.name: getattr(wish, f.name) for f in fields(wish) if getattr(wish, f.name) != getattr(usual, f.name)}
+        counted = ("gold", "repeat", "overlap")
+        _refuse("with --arms", **{n: v for n, v in changed.items() if n not in counted}, out=out, database=database)
+    alike = _pilot(design_effect, pilot)
+    if not arms:
+        number, aim = 2 if number_of_arms is None else number_of_arms, 0.55 if win_rate is None else win_rate
+        checks = gold + repeat
+        effect = _effect(design_effect, alike, planning.sizes_for(number, checks, overlap))
+        told = planning.describe(number, aim, effect, seconds_per_vote, pay_per_hour, checks=checks, overlap=overlap)
+        print(planning.show(told))
+        return
+
+    folder = out or Path("runs/study")
+    made = make.make(arms, folder, wish, database)["design"]
     votes = sum(made["slots"].values())
-    print(f"{out}: {made['items']:,} pairs of images, {votes:,} votes that count, {made['annotators']} people")
+    print(f"{folder}: {made['items']:,} pairs of images, {votes:,} votes that count, {made['annotators']} people")
+    effect = _effect(design_effect, alike, planning.sizes_of(made))
     print(planning.promised(made, effect, seconds_per_vote, pay_per_hour))
-    print(f"Next: fewstep study links {out} {made['annotators']} and fewstep study serve {out}")
+    print(f"Next: fewstep study links {folder} {made['annotators']} and fewstep study serve {folder}")
 
 
-def _one_way(with_arms: bool, **given: object) -> None:
-    """Raises ValueError for an option that would say nothing with --arms, or without."""
-    for name in ("number_of_arms", "win_rate") if with_arms else ("per_pair", "annotators"):
-        if given[name] is not None:
-            other = "without --arms" if with_arms else "with --arms"
-            raise ValueError(f"--{name.replace('_', '-')} is for a plan {other}")
+def _refuse(where: str, **given: object) -> None:
+    """Raises ValueError for an option that would say nothing here."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is for a plan {where}")
 
 
-def _effect(told: float | None, pilot: Path | None) -> float:
-    """The design effect that was told, or the larger one of a pilot's questions."""
+def _pilot(told: float | None, folder: Path | None) -> dict[str, Likeness] | None:
+    """How alike a pilot's votes are, by question; None without one."""
     from fewstep.study import planning, store
 
-    if pilot is None:
-        return planning.DESIGN_EFFECT if told is None else told
+    if folder is None:
+        return None
     if told is not None:
         raise ValueError("--design-effect and --pilot both tell the design effect: give one")
-    study = store.open_study(pilot)
+    study = store.open_study(folder)
     try:
-        votes = store.votes(study.engine)
+        return planning.pilot(store.votes(study.engine))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
     finally:
         study.engine.dispose()
-    asked = sorted({v["question"] for v in votes if v["kind"] == "normal"})
-    if not asked:
-        raise ValueError(f"{pilot} holds no votes: give --design-effect, such as 2")
-    found = {q: planning.likeness([v for v in votes if v["question"] == q]).design_effect for q in asked}
-    print("Design effect of the pilot: " + ", ".join(f"{q} {effect:.2f}" for q, effect in found.items()))
+
+
+def _effect(told: float | None, alike: dict[str, Likeness] | None, sizes: Sizes) -> float:
+    """The design effect that was told, or the larger one of a pilot's questions in a study of such sizes."""
+    from fewstep.study import planning
+
+    if alike is None:
+        return planning.DESIGN_EFFECT if told is None else told
+    found = {q: planning.design_effect(a.prompt, a.annotator, *sizes) for q, a in alike.items()}
+    print(
+        "Design effect of this plan, votes being alike as in the pilot: "
+        + ", ".join(f"{q} {effect:.2f}" for q, effect in found.items())
+    )
     return max(found.values())
 
 
@@ -181,6 +203,11 @@ def links(
     """
     from fewstep.study import ballots, store
 
+    if codes or check is not None:
+        if count or again is not None:
+            raise ValueError("--codes and --check list people and make no link: give neither a number nor --again with them")
+    elif count and again is not None:
+        raise ValueError(f"--again {again} makes one link, so {count} says nothing: leave one of them out")
     study = store.open_study(folder, database)
     if codes or check is not None:
         everybody = ballots.people(study)

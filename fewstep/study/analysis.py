@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from statistics import median
 from typing import Any
@@ -34,7 +34,7 @@ class Rules:
         min_gold_accuracy: share of gold pairs answered rightly, 0 to 1.
         min_gold: gold pairs that somebody must have seen to be judged by them.
         min_median_ms: median time of a vote in milliseconds.
-        min_votes: votes of all kinds.
+        min_votes: votes of all kinds; whoever answered all that they were given has enough.
     """
 
     min_gold_accuracy: float = 0.0
@@ -64,8 +64,14 @@ def rules(protocol: Mapping[str, Any]) -> Rules:
     return made
 
 
-def excluded(votes: Sequence[Vote], chosen: Rules) -> list[dict[str, Any]]:
-    """Annotators whom the rules leave out: "annotator", "votes", "why"."""
+def excluded(votes: Sequence[Vote], chosen: Rules, finished: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Annotators whom the rules leave out: "annotator", "votes", "why".
+
+    Args:
+        votes: as `study.store.votes` gives them.
+        chosen: the rules.
+        finished: annotators who answered all that they were given, however little that was.
+    """
     people: dict[str, list[Vote]] = {}
     for v in votes:
         people.setdefault(v["annotator"], []).append(v)
@@ -79,7 +85,7 @@ def excluded(votes: Sequence[Vote], chosen: Rules) -> list[dict[str, Any]]:
         times = [v["rt_ms"] for v in own if v["rt_ms"] is not None]
         if times and median(times) < chosen.min_median_ms:
             why.append(f"median {median(times) / 1000:.2f} s a vote, {chosen.min_median_ms / 1000:g} s needed")
-        if len(own) < chosen.min_votes:
+        if len(own) < chosen.min_votes and name not in finished:
             why.append(f"{len(own)} votes, {chosen.min_votes} needed")
         if why:
             out.append({"annotator": name, "votes": len(own), "why": "; ".join(why)})
@@ -105,6 +111,7 @@ def analyse(
     anchor: str | None = None,
     chosen: Rules = Rules(),  # noqa: B008 - frozen
     level: float = LEVEL,
+    finished: Collection[str] = (),
 ) -> dict[str, Any]:
     """Everything that a report says.
 
@@ -114,6 +121,7 @@ def analyse(
         anchor: see `choose_anchor`.
         chosen: rules of exclusion, see `rules`.
         level: of the intervals.
+        finished: see `excluded`.
 
     Returns:
         "format", "level", "anchor", "arms", "rules", "excluded", "ratings" (one list over all questions: "arm", "question",
@@ -126,7 +134,7 @@ def analyse(
     found = sorted({v[k] for v in votes for k in ("arm_a", "arm_b")})
     names = list(arms) if arms is not None else found
     base = choose_anchor(names, anchor)
-    out = excluded(votes, chosen)
+    out = excluded(votes, chosen, finished)
     gone = {e["annotator"] for e in out}
     asked = [q for q in QUESTIONS if any(v["question"] == q for v in votes)]
     asked += sorted({v["question"] for v in votes} - set(asked))
@@ -171,6 +179,8 @@ def question(
     main, notes = core(table, anchor, level)
     people, tested = list(dict.fromkeys(v["annotator"] for v in normal)), len(main["pairs"])
     before = core(ratings.table(everybody, arms), anchor, level)[0] if len(everybody) > len(normal) else None
+    gone_here = {v["annotator"] for v in everybody} & gone if not normal else set()
+    with_anchor = [p for p in main["pairs"] if anchor in (p["a"], p["b"])]
     side, tied = secondary.side(table, anchor, level), secondary.davidson(table, anchor, level)
     return {
         "votes": len(normal),
@@ -191,7 +201,7 @@ def question(
         "loads": agreement.loads(normal),
         "pace": agreement.pace(normal),
         "notes": notes,
-        "verdicts": verdicts([p for p in main["pairs"] if anchor in (p["a"], p["b"])], main["ratings"], name, tested),
+        "verdicts": verdicts(with_anchor, main["ratings"], name, tested, gone_here),
         "others": [verdict(p, name, tested) for p in main["pairs"] if anchor not in (p["a"], p["b"])],
     }
 
@@ -242,12 +252,22 @@ def categories(votes: Sequence[Vote], arms: Sequence[str], anchor: str, level: f
 
 
 def verdicts(
-    pairs: Sequence[Mapping[str, Any]], listed: Sequence[Mapping[str, Any]], name: str, tested: int
+    pairs: Sequence[Mapping[str, Any]],
+    listed: Sequence[Mapping[str, Any]],
+    name: str,
+    tested: int,
+    gone: Collection[str] = (),
 ) -> list[dict[str, str]]:
-    """What the votes say of pairs, then what keeps an arm from a rating; each with "text" and "more"."""
+    """What the votes say of pairs, then what keeps an arm from a rating; each with "text" and "more".
+
+    `gone` are the people of a question of which no vote counts, because the rules left all of them out.
+    """
     where = QUESTIONS.get(name, "in " + name)
     out = [verdict(p, name, tested) for p in pairs]
-    if not any(p for p in pairs):
+    if not pairs and gone:
+        who = f"all {len(gone)} people were" if len(gone) > 1 else "the only person was"
+        return [{"text": f"No vote counts {where}: {who} left out by the rules of the protocol.", "more": ""}]
+    if not pairs:
         out = [{"text": f"Nobody has compared another arm with the anchor {where} yet.", "more": ""}]
     return out + [{"text": f"{r['arm']} has no rating {where}: {r['note']}.", "more": ""} for r in listed if r["note"]]
 

@@ -16,7 +16,7 @@ import json
 import re
 import stat
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +107,11 @@ def unpack(path: Path, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any
         with zipfile.ZipFile(path) as whole:
             entries = _entries(whole, path.stat().st_size)
             files = _manifest(whole, entries)
-            record = rows.parsed(_text(whole, entries, files, STUDY), STUDY)
-            lines = rows.from_jsonl(_text(whole, entries, files, VOTES))
-            votes = [rows.vote_of(line, f"{VOTES}, row {n}") for n, line in enumerate(lines, 1)]
+            record = rows.whole(_checked(whole, entries, files, STUDY), STUDY)
+            _checked(whole, entries, files, VOTES, keep=False)
+            with whole.open(entries[VOTES]) as file:
+                lines = rows.limited(rows.from_jsonl(file))
+                votes = [rows.vote_of(line, f"{VOTES}, row {n}") for n, line in lines]
             _images(whole, entries, files, record, folder)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no whole zip ({type(error).__name__}: {str(error)[:120]})") from error
@@ -146,7 +148,8 @@ def _entries(whole: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
             raise ValueError(f"{name} is encrypted")
         if name in found:
             raise ValueError(f"{name} is in it twice")
-        if entry.file_size > (MAX_IMAGE if image else MAX_TEXT):
+        most = MAX_IMAGE if image else rows.MAX_WHOLE if name in (MANIFEST, STUDY) else MAX_TEXT
+        if entry.file_size > most:
             raise ValueError(f"{name} unpacks to {entry.file_size >> 20} MiB, more than is allowed")
         ratio = MAX_IMAGE_RATIO if image else MAX_RATIO
         if entry.file_size > SMALL and entry.file_size > ratio * max(1, entry.compress_size):
@@ -159,7 +162,7 @@ def _manifest(whole: zipfile.ZipFile, entries: Mapping[str, zipfile.ZipInfo]) ->
     """sha256 by name, of exactly the other entries."""
     if MANIFEST not in entries:
         raise ValueError(f"{MANIFEST} is missing: it is no export of a study")
-    told = rows.parsed(_read(whole, entries[MANIFEST]).decode(), MANIFEST)
+    told = rows.whole(_read(whole, entries[MANIFEST]), MANIFEST)
     if told.get("format") != FORMAT:
         raise ValueError(f"{MANIFEST} is of format {told.get('format')!r}, this version reads {FORMAT}")
     files = told.get("files")
@@ -171,25 +174,34 @@ def _manifest(whole: zipfile.ZipFile, entries: Mapping[str, zipfile.ZipInfo]) ->
     return {name: f["sha256"] for name, f in files.items()}
 
 
-def _read(whole: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+def _chunks(whole: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Iterator[bytes]:
     """An entry's bytes, never more than its header says."""
-    parts, size = [], 0
+    size = 0
     with whole.open(entry) as file:
         while chunk := file.read(CHUNK):
             size += len(chunk)
             if size > entry.file_size:
                 raise ValueError(f"{entry.filename} is longer than its header says")
-            parts.append(chunk)
-    return b"".join(parts)
+            yield chunk
 
 
-def _text(whole: zipfile.ZipFile, entries: Mapping[str, zipfile.ZipInfo], files: Mapping[str, str], name: str) -> str:
+def _read(whole: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    return b"".join(_chunks(whole, entry))
+
+
+def _checked(
+    whole: zipfile.ZipFile, entries: Mapping[str, zipfile.ZipInfo], files: Mapping[str, str], name: str, keep: bool = True
+) -> bytes:
+    """Bytes of a text that has its hash; none are kept in memory without `keep`."""
     if name not in entries:
         raise ValueError(f"{name} is missing: it is no export of a study")
-    content = _read(whole, entries[name])
-    if hashlib.sha256(content).hexdigest() != files[name]:
+    found, parts = hashlib.sha256(), []
+    for chunk in _chunks(whole, entries[name]):
+        found.update(chunk)
+        parts += [chunk] if keep else []
+    if found.hexdigest() != files[name]:
         raise ValueError(f"{name} does not have the hash in {MANIFEST}: it was changed")
-    return content.decode()
+    return b"".join(parts)
 
 
 def _images(

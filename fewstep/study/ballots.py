@@ -14,8 +14,9 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from fewstep.study import leases, links
 from fewstep.study import tables as t
+from fewstep.study.database import fold, reading
 from fewstep.study.leases import DAY, Now
-from fewstep.study.store import Store, fold, reading, stands
+from fewstep.study.store import Store, stands
 
 MOST_LINKS = 10_000
 
@@ -184,7 +185,19 @@ def withdraw(store: Store, who: int) -> None:
         nobody = {"external_id": None, "study_ref": None, "session_ref": None, "consent_at": None, "status": "withdrawn"}
         connection.execute(t.annotator.update().where(t.annotator.c.id == who).values(**nobody))
         connection.execute(t.event.insert(), {"at": store.clock(), "annotator": None, "kind": "withdrawn", "payload": "{}"})
-    fold(store.engine)  # or SQLite's log would keep it all for a while
+    store.owed.set()
+    tidy(store)
+
+
+def tidy(store: Store) -> None:
+    """Take what was deleted out of SQLite's log, too, if that is still owed; it stays owed while another program reads.
+
+    Nobody is made to wait for that program: the server calls this at every request.
+    """
+    if store.owed.is_set():
+        store.owed.clear()  # first: somebody may leave meanwhile
+        if not fold(store.engine, wait_ms=0):
+            store.owed.set()
 
 
 def progress(store: Store) -> dict[str, Any]:

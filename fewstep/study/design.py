@@ -13,11 +13,13 @@ from __future__ import annotations
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any, Literal, NamedTuple
 
 OVERLAP_VOTES = 3
+CANDIDATES = 128  # open slots looked at for somebody; more than are being leased at one moment
 SPACING = 5  # a repeated pair comes back after this many others, at the earliest
 Kind = Literal["normal", "gold", "repeat"]
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -145,6 +147,12 @@ def _turns(both: Mapping[bool, list[int]], wanted: Sequence[int], rng: random.Ra
         yield Slot(other, not first, 2 * turn + 1)
 
 
+def check_shares(gold: float, repeat: float) -> None:
+    """Raises ValueError where gold and repeated pairs leave no room for those that count."""
+    if not (0 <= gold <= 0.5 and 0 <= repeat <= 0.4):
+        raise ValueError(f"--gold must be 0 to 0.5 and --repeat 0 to 0.4, not {gold} and {repeat}")
+
+
 def block(normal: int, gold: float, repeat: float, rng: random.Random) -> list[Kind]:
     """What an annotator's block of one question holds, in order.
 
@@ -157,8 +165,7 @@ def block(normal: int, gold: float, repeat: float, rng: random.Random) -> list[K
     Raises:
         ValueError: shares that leave no room.
     """
-    if not (0 <= gold <= 0.5 and 0 <= repeat <= 0.4):
-        raise ValueError(f"--gold must be 0 to 0.5 and --repeat 0 to 0.4, not {gold} and {repeat}")
+    check_shares(gold, repeat)
     total = round(normal / (1 - gold - repeat))
     golds, repeats = round(gold * total), round(repeat * total)
     kinds: list[Kind] = ["normal"] * (normal + golds + repeats)
@@ -169,6 +176,118 @@ def block(normal: int, gold: float, repeat: float, rng: random.Random) -> list[K
     for i in rng.sample(free, min(repeats, len(free))):
         kinds[i] = "repeat"
     return kinds
+
+
+def block_of(plan: Mapping[str, Any], who: int, question: str) -> list[Kind]:
+    """The block of the annotator numbered `who`, from 1, by a protocol's design; the same each time."""
+    rng = random.Random(f"{plan['seed']}:block:{who}:{question}")
+    return block(plan["normal_per_block"], plan["gold"], plan["repeat"], rng)
+
+
+class Given(NamedTuple):
+    """A pair as somebody gets it.
+
+    Attributes:
+        person: number, from 0.
+        pair: number.
+        kind: of it.
+        left_is_a: what stands on the left.
+        repeat_of: place, in the list of all, of the first time of a repeat.
+    """
+
+    person: int
+    pair: int
+    kind: Kind
+    left_is_a: bool
+    repeat_of: int | None = None
+
+
+class _Person:
+    """What somebody has had of a question: places of pairs that count, by position in the block, and what they showed."""
+
+    def __init__(self, kinds: list[Kind]) -> None:
+        self.kinds = kinds
+        self.normal: list[tuple[int, int]] = []
+        self.pairs: set[int] = set()
+        self.repeated: set[int] = set()
+        self.contests: Counter[int] = Counter()
+        self.prompts: Counter[int] = Counter()
+
+
+def handed_out(slots: Sequence[Mapping[str, Any]], golds: Sequence[int], plan: Mapping[str, Any], question: str) -> list[Given]:
+    """Who gets what of one question, where all people of a plan answer one pair after another in turn.
+
+    Much as the server gives pairs out (`leases`): nobody gets a pair twice but as a repeat, and of what is open the next ones
+    are looked at for the arm pair and the prompt that somebody has had least.
+
+    Args:
+        slots: of the question, as `store.slots` gives them.
+        golds: numbers of the question's gold pairs.
+        plan: "design" of the protocol.
+        question: its name.
+
+    Returns:
+        All slots, in the order of answers, with gold pairs and repeats between them. Slots that nobody is left for, because
+        everybody has had their pair, are not in it.
+    """
+    rng, left, out = random.Random(f"{plan['seed']}:handed out:{question}"), list(slots), list[Given]()
+    people = [_Person(block_of(plan, who, question)) for who in range(1, plan["annotators"] + 1)]
+    here = set(range(len(people)))
+
+    def give(number: int, position: int) -> bool:
+        slot = _slot(people[number], left)
+        if slot is not None:
+            people[number].normal.append((position, len(out)))
+            out.append(Given(number, slot["pair"], "normal", bool(slot["left_is_a"])))
+        return slot is not None
+
+    for position in range(len(people[0].kinds)):
+        for number in sorted(here):
+            check = _check(people[number], number, position, golds, out, rng)
+            if check is not None:
+                out.append(check)
+            elif not give(number, position):
+                here.remove(number)
+    # The last pairs may be open to those alone whose block is over.
+    while left and any([give(number, len(person.kinds)) for number, person in enumerate(people)]):
+        pass
+    return out
+
+
+def _slot(person: _Person, left: list[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Take somebody's next slot out of what is left; None where they have had all pairs of it."""
+
+    def had(place: int) -> tuple[int, int]:
+        return person.contests[left[place]["contest"]], person.prompts[left[place]["prompt"]]
+
+    fits = (i for i, slot in enumerate(left) if slot["pair"] not in person.pairs)
+    best = min(islice(fits, CANDIDATES), key=had, default=None)
+    if best is None:
+        return None
+    slot = left.pop(best)
+    person.pairs.add(slot["pair"])
+    person.contests[slot["contest"]] += 1
+    person.prompts[slot["prompt"]] += 1
+    return slot
+
+
+def _check(
+    person: _Person, number: int, position: int, golds: Sequence[int], out: Sequence[Given], rng: random.Random
+) -> Given | None:
+    """The gold pair or repeat of a block's position; None where none is due, or none is left."""
+    if person.kinds[position] == "gold":
+        fresh = [g for g in golds if g not in person.pairs]
+        if fresh:
+            pair = rng.choice(fresh)
+            person.pairs.add(pair)
+            return Given(number, pair, "gold", rng.random() < 0.5)
+    if person.kinds[position] == "repeat":
+        past = [i for when, i in person.normal if when <= position - SPACING and i not in person.repeated]
+        if past:
+            first = rng.choice(past)
+            person.repeated.add(first)
+            return Given(number, out[first].pair, "repeat", not out[first].left_is_a, first)
+    return None
 
 
 def question_order(seed: int, number: int, questions: Sequence[str]) -> list[str]:

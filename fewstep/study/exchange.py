@@ -6,11 +6,12 @@ whole or not at all. The tables are those of `study.rows`, the zip that of `stud
 
 from __future__ import annotations
 
+import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from fewstep.evaluate.benchmark import digest
 from fewstep.study import analysis
@@ -89,7 +90,7 @@ def import_(source: Path, out: Path, title: str | None = None) -> int:
     Raises:
         ValueError: a file that is damaged, hostile or no export, or a folder that is there; nothing is left behind.
     """
-    from fewstep.study import archive, folders, store
+    from fewstep.study import archive, database, folders, store
 
     if not source.is_file():
         raise ValueError(f"{source} does not exist: give a file that `fewstep study export` wrote")
@@ -102,10 +103,9 @@ def import_(source: Path, out: Path, title: str | None = None) -> int:
             analysis.rules(record["protocol"])  # what a report would refuse
             if title is not None:
                 record = {**record, "title": title}
-            at = store.sqlite_url(partial / store.DATABASE)
-            store.write(at, lambda engine: store.restore(engine, record, votes))
-            text = json.dumps({"hash": record["hash"], **record["protocol"]}, indent=1)
-            (partial / store.PROTOCOL).write_text(text, encoding="utf-8")
+            at = database.sqlite_url(partial / store.DATABASE)
+            database.write(at, lambda engine: store.restore(engine, record, votes))
+            store.write_protocol(partial, record["protocol"])
             (partial / store.IMAGES).mkdir(exist_ok=True)
     except ValueError as error:
         told = str(error)
@@ -115,16 +115,17 @@ def import_(source: Path, out: Path, title: str | None = None) -> int:
     return len(votes)
 
 
-def completed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with every column: what other arenas do not tell is filled in (see `import_`). Complete rows stay as they are.
+def completed(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows with every column, and their numbers: what other arenas do not tell is filled in (see `import_`).
+
+    Complete rows stay as they are.
 
     Raises:
-        ValueError: a row without model_a, model_b or winner.
+        ValueError: a row without model_a, model_b or winner, or more rows than are read.
     """
     prompts: dict[Any, int] = {}
     pairs: dict[tuple[Any, ...], int] = {}
-    out = []
-    for number, r in enumerate(rows, 1):
+    for number, r in tables.limited(rows):
         lacking = next((n for n in ("model_a", "model_b", "winner") if r.get(n) is None), None)
         if lacking is not None:
             raise ValueError(f"row {number}: column {lacking} is missing")
@@ -134,11 +135,11 @@ def completed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             prompt = prompts.setdefault(prompt, len(prompts))
         fixed = {"question": "quality", "seed": 0, "category": "", "left_is_a": True, "kind": "normal", "gold_answer": None,
                  "repeat_of": None, "rt_ms": None, "zoomed": False, "viewport": "unknown", "at": BEGINNING}  # fmt: skip
-        made = {**fixed, "annotator": r.get("judge", "unknown"), "vote_id": number, **r, "prompt": prompt, "prompt_text": text}
+        judge = "unknown" if r.get("judge") is None else str(r["judge"])
+        made = {**fixed, "annotator": judge, "vote_id": number, **r, "prompt": prompt, "prompt_text": text}
         key = tuple(str(made[n]) for n in ("prompt", "seed", "model_a", "model_b", "gold_answer"))
         made.setdefault("pair_id", pairs.setdefault(key, len(pairs) + 1))
-        out.append(made)
-    return out
+        yield number, made
 
 
 def record_of(votes: Sequence[Vote], title: str) -> dict[str, Any]:
@@ -172,23 +173,15 @@ def _read(source: Path, kind: Format, title: str | None) -> tuple[dict[str, Any]
     """Record and votes of a table's file."""
     if source.stat().st_size > MAX_TABLE:
         raise ValueError(f"{source} is larger than {MAX_TABLE >> 20} MiB: split it")
-    record: dict[str, Any] | None = None
     try:
-        data = source.read_bytes()
-        if kind == "parquet":
-            rows, record = tables.from_parquet(data)
-        else:
-            text = data.decode("utf-8-sig")
-            readers: dict[str, Callable[[str], list[dict[str, Any]]]] = {
-                "csv": tables.from_csv,
-                "jsonl": tables.from_jsonl,
-                "label-studio": lambda t: tables.from_label_studio(tables.parsed(t, "it", list)),
-            }
-            rows = readers[kind](text)
-        votes = [tables.vote_of(r, f"row {n}") for n, r in enumerate(completed(rows), 1)]
-        for number, vote in enumerate(votes, 1):
-            if vote["arm_a"] == vote["arm_b"] and vote["kind"] != "gold":
-                raise ValueError(f"row {number}: {vote['arm_a'][:40]!r} against itself is no comparison")
+        with source.open("rb") as file:
+            rows, record = _rows(file, kind)
+            votes = []
+            for number, r in completed(rows):  # each is checked before the next is read
+                vote = tables.vote_of(r, f"row {number}")
+                if vote["arm_a"] == vote["arm_b"] and vote["kind"] != "gold":
+                    raise ValueError(f"row {number}: {vote['arm_a'][:40]!r} against itself is no comparison")
+                votes.append(vote)
         if not votes and record is None:
             raise ValueError("it holds no votes")
         return record if record is not None else record_of(votes, title or source.stem), pseudonymous(votes)
@@ -196,6 +189,17 @@ def _read(source: Path, kind: Format, title: str | None) -> tuple[dict[str, Any]
         raise ValueError(f"{source} is no UTF-8 text") from error
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def _rows(file: BinaryIO, kind: Format) -> tuple[Iterable[dict[str, Any]], dict[str, Any] | None]:
+    """Rows of a table's file, and the record that one of the kinds holds."""
+    if kind == "parquet":
+        return tables.from_parquet(file)
+    if kind == "csv":
+        return tables.from_csv(io.TextIOWrapper(file, encoding="utf-8-sig", newline="")), None
+    if kind == "jsonl":
+        return tables.from_jsonl(file), None
+    return tables.from_label_studio(tables.whole(file.read(tables.MAX_WHOLE + 1), "it", list)), None
 
 
 def pseudonymous(votes: Sequence[Vote]) -> list[dict[str, Any]]:
@@ -211,10 +215,10 @@ def _external(engine: Any) -> dict[str, str]:
     """What a recruiting service calls each annotator, by pseudonym."""
     import sqlalchemy as sql
 
-    from fewstep.study import store
+    from fewstep.study import database
     from fewstep.study import tables as t
 
-    with store.reading(engine) as connection:
+    with database.reading(engine) as connection:
         found = connection.execute(sql.select(t.annotator.c.code, t.annotator.c.external_id)).all()
     return {code: external or "" for code, external in found}
 

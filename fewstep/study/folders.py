@@ -51,11 +51,16 @@ def new_file(out: Path) -> Iterator[Path]:
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder: name a file in it, such as {out / 'votes.csv'}")
     around = [out.resolve().parent, *out.resolve().parents]
-    if out.name in OF_A_STUDY or any((folder / "protocol.json").exists() and (folder / "images").is_dir() for folder in around):
+    if out.name in OF_A_STUDY or any(_holds_a_study(folder) for folder in around):
         raise ValueError(f"--out {out} is where a study keeps its own files: give a path outside its folder")
     with beside(out) as partial:
         yield partial
         os.replace(partial, out)
+
+
+def _holds_a_study(folder: Path) -> bool:
+    """By its database, or by the protocol of one whose database is elsewhere."""
+    return (folder / "images").is_dir() and any((folder / name).exists() for name in ("study.sqlite", "protocol.json"))
 
 
 @contextmanager

@@ -17,10 +17,9 @@ import sqlalchemy as sql
 
 from fewstep.study import design, links
 from fewstep.study import tables as t
-from fewstep.study.store import Store, stands
+from fewstep.study.store import FINISH, Store, finished, stands
 
 AHEAD = 2  # pairs held by one annotator: the one shown, and the next
-CANDIDATES = 128  # open slots looked at; more than are being leased at one moment
 DAY = 86400.0
 GOLD = -1  # contest of gold pairs
 
@@ -70,9 +69,7 @@ def duration(store: Store) -> float:
 
 def kinds(store: Store, who: int, question: str) -> list[design.Kind]:
     """What an annotator's block holds; computed again each time, and the same each time."""
-    plan = store.protocol["design"]
-    rng = random.Random(f"{plan['seed']}:block:{who}:{question}")
-    return design.block(plan["normal_per_block"], plan["gold"], plan["repeat"], rng)
+    return design.block_of(store.protocol["design"], who, question)
 
 
 def last_vote(connection: sql.Connection, who: int) -> int | None:
@@ -115,6 +112,9 @@ def now(connection: sql.Connection, store: Store, person: Any) -> Now:
             return Now("pair" if read else "intro", question, block, shown, **told)
     if answered < total:
         return Now("wait", **told)
+    if person.code not in finished(connection):
+        event = {"at": store.clock(), "annotator": person.id, "kind": FINISH, "payload": "{}"}
+        connection.execute(t.event.insert(), event)
     return Now("done", code=links.completion_code(store.secret, person.code), **told)
 
 
@@ -188,7 +188,7 @@ def _slot(
         query = sql.select(a.c.id, a.c.prompt, a.c.left_is_a, a.c.turn).where(*is_open, a.c.contest == contest, is_free)
         if normal:
             query = query.where(a.c.pair.not_in([row.pair for row in normal]))
-        found = connection.execute(query.order_by(a.c.turn).limit(CANDIDATES)).all()
+        found = connection.execute(query.order_by(a.c.turn).limit(design.CANDIDATES)).all()
         for row in sorted(found, key=lambda r: (seen[r.prompt], lefts * (1 if r.left_is_a else -1) > 0, r.turn)):
             # Held by another transaction: passed over, so that nobody waits for anybody, in whatever order they take slots.
             held = sql.select(a.c.id).where(a.c.id == row.id, ~a.c.done, is_free).with_for_update(skip_locked=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 import random
 import time
@@ -20,9 +19,9 @@ from PIL import Image
 
 from fewstep.engine.log import Progress
 from fewstep.evaluate import image_sets
-from fewstep.evaluate.benchmark import asked_and_sampled, digest
+from fewstep.evaluate.benchmark import asked_and_sampled
 from fewstep.evaluate.image_sets import ImageSet
-from fewstep.study import design, folders, links, store
+from fewstep.study import database, design, folders, links, store
 from fewstep.study.tables import QUESTIONS
 
 FORMAT = 1
@@ -33,7 +32,8 @@ NOISE = 40.0  # and this standard deviation of noise, of 255
 MOST_MINUTES, MOST_VOTES = 7 * 24 * 60, 10**6  # of a lease, and of a person in a day
 MAX_TEXT = 2000  # characters of a title or note
 
-# Written down before anybody votes, applied once, and a report shows what they change; see `analysis.Rules`.
+# Written down before anybody votes, applied once, and a report shows what they change; see `analysis.Rules`. Of `min_votes`
+# no more than half of what an annotator is given is asked.
 EXCLUSION = {"min_gold_accuracy": 0.7, "min_gold": 4, "min_median_ms": 700, "min_votes": 10}
 ANSWERS = ("left", "right", "tie", "both_bad")
 # What people are asked, word for word: part of the protocol, so of its hash.
@@ -94,6 +94,7 @@ class Wish:
             raise ValueError(f"--annotators must be 1 or more, not {self.annotators}")
         if not 0 < self.lease_minutes <= MOST_MINUTES or not 1 <= self.daily_cap <= MOST_VOTES:
             raise ValueError(f"--lease-minutes must be above 0 up to {MOST_MINUTES}, and --daily-cap 1 to {MOST_VOTES}")
+        design.check_shares(self.gold, self.repeat)
 
 
 def make(arms: Sequence[Path], out: Path, wish: Wish, url: str | None = None) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def make(arms: Sequence[Path], out: Path, wish: Wish, url: str | None = None) ->
     chosen = design.cells(benchmark.categories, benchmark.seeds, wish.per_pair, rng)
     items = design.items(chosen, len(contests))
     slots = {question: design.slots(items, wish.overlap, rng) for question in QUESTIONS}
-    protocol = _protocol(sets, wish, len(items), [len(s) for s in slots.values()], len(contests))
+    protocol = _protocol(sets, wish, len(chosen), len(items), [len(s) for s in slots.values()])
     people = protocol["design"]["annotators"]
     several = max(count for own in slots.values() for count in Counter(s.item for s in own).values())
     if people < several:
@@ -137,9 +138,8 @@ def make(arms: Sequence[Path], out: Path, wish: Wish, url: str | None = None) ->
              "left_is_a": s.left_is_a, "turn": s.turn}
             for question in QUESTIONS for s in slots[question]
         ]  # fmt: skip
-        text = json.dumps({"hash": digest(protocol), **protocol}, indent=1)
-        (partial / store.PROTOCOL).write_text(text, encoding="utf-8")
-        store.write(url or store.sqlite_url(partial / store.DATABASE), lambda engine: store.create(engine, record, rows))
+        store.write_protocol(partial, protocol)
+        database.write(url or database.sqlite_url(partial / store.DATABASE), lambda engine: store.create(engine, record, rows))
     return protocol
 
 
@@ -183,22 +183,24 @@ def _read(arms: Sequence[Path]) -> list[ImageSet]:
     return sets
 
 
-def _protocol(sets: Sequence[ImageSet], wish: Wish, items: int, slots: Sequence[int], contests: int) -> dict[str, Any]:
+def _protocol(sets: Sequence[ImageSet], wish: Wish, prompts: int, items: int, slots: Sequence[int]) -> dict[str, Any]:
     """Everything that was settled before the first vote."""
+    contests = len(design.arm_pairs(len(sets)))
     people = wish.annotators or max(design.OVERLAP_VOTES, round(sum(slots) / (1 - wish.gold - wish.repeat) / VOTES_EACH))
     normal = math.ceil(max(slots) / people)
-    design.block(normal, wish.gold, wish.repeat, random.Random(0))  # refuses shares that leave no room
+    each = len(QUESTIONS) * len(design.block(normal, wish.gold, wish.repeat, random.Random(0)))
+    exclusion = {**EXCLUSION, "min_votes": min(EXCLUSION["min_votes"], max(1, each // 2))}
     benchmark = sets[0].benchmark
     return {
         "format": FORMAT, "title": wish.title, "benchmark": benchmark.summary(),
         "arms": [{"name": s.name, "asked_and_sampled": asked_and_sampled(benchmark, s.sampling)} for s in sets],
         "anchor": sets[0].name, "questions": list(QUESTIONS), "answers": list(ANSWERS), "wording": WORDING,
         "design": {
-            "seed": wish.seed, "per_pair": wish.per_pair, "contests": contests, "items": items,
+            "seed": wish.seed, "per_pair": wish.per_pair, "contests": contests, "items": items, "prompts": prompts,
             "slots": dict(zip(QUESTIONS, slots, strict=True)), "annotators": people, "normal_per_block": normal,
             "gold": wish.gold, "repeat": wish.repeat, "overlap": wish.overlap, "overlap_votes": design.OVERLAP_VOTES,
         },
-        "exclusion": dict(EXCLUSION), "lease_minutes": wish.lease_minutes, "daily_cap": wish.daily_cap,
+        "exclusion": exclusion, "lease_minutes": wish.lease_minutes, "daily_cap": wish.daily_cap,
         "content_warning": wish.warning, "pay": wish.pay, "contact": wish.contact,
     }  # fmt: skip
 

@@ -24,7 +24,7 @@ class Likeness(NamedTuple):
     """How alike votes on the same two arms are.
 
     Attributes:
-        prompt: intra-class correlation of votes on one prompt, 0 to 1.
+        prompt: intra-class correlation of votes on one prompt, 0 to 1; nan where no prompt has two.
         annotator: of votes of one person.
         per_prompt: votes that share a vote's prompt and arms, itself counted; the mean over votes.
         per_annotator: votes that share a vote's annotator and arms, itself counted.
@@ -35,10 +35,12 @@ class Likeness(NamedTuple):
     per_prompt: float
     per_annotator: float
 
-    @property
-    def design_effect(self) -> float:
-        """Votes that are worth one independent vote, 1 or more."""
-        return design_effect(self.prompt, self.annotator, self.per_prompt, self.per_annotator)
+
+class Sizes(NamedTuple):
+    """How many votes of a planned study share a vote's arms and its prompt or its annotator, itself counted; means."""
+
+    per_prompt: float
+    per_annotator: float
 
 
 def votes_needed(
@@ -136,8 +138,45 @@ def likeness(votes: Sequence[Mapping[str, Any]]) -> Likeness:
     )
 
 
+def pilot(votes: Sequence[Mapping[str, Any]]) -> dict[str, Likeness]:
+    """Likeness of a pilot's votes, by question.
+
+    Only the correlations are those of a larger study: how many votes share a prompt or a person there is its plan's matter.
+
+    Raises:
+        ValueError: no votes, or single ones on every prompt or of every annotator, which do not say how alike two would be.
+    """
+    asked = sorted({v["question"] for v in votes if v["kind"] == "normal"})
+    if not asked:
+        raise ValueError("the pilot holds no votes: give --design-effect, such as 2")
+    found = {q: likeness([v for v in votes if v["question"] == q]) for q in asked}
+    for question, alike in found.items():
+        for what in ("prompt", "annotator"):
+            if math.isnan(getattr(alike, what)):
+                raise ValueError(
+                    f"the pilot's votes on {question} do not tell how alike votes of one {what} are: no {what} has two on the "
+                    f"same arms, or there is one {what}. Give a pilot that has them, or --design-effect, such as 2"
+                )
+    return found
+
+
+def sizes_of(design: Mapping[str, Any]) -> Sizes:
+    """Of a made study, from the design in its protocol."""
+    each = max(design["slots"].values()) / design["contests"]
+    return Sizes(max(1.0, each / design["prompts"]), max(1.0, each / design["annotators"]))
+
+
+def sizes_for(
+    arms: int, checks: float = 0.1, overlap: float = 0.15, seeds: int = 4, questions: int = 2, votes_per_annotator: int = 160
+) -> Sizes:
+    """Of a study that `describe` plans; arguments as there."""
+    pairs = max(1, arms * (arms - 1) // 2)
+    own = votes_per_annotator * (1 - checks) / questions / pairs
+    return Sizes(max(1.0, seeds * (1 + 2 * overlap)), max(1.0, own))
+
+
 def intraclass(values: ArrayLike, cluster: NDArray[np.int64]) -> float:
-    """Intra-class correlation by one-way analysis of variance, held to 0 to 1.
+    """Intra-class correlation by one-way analysis of variance, held to 0 to 1; nan for one cluster, or none with two members.
 
     `evaluate.planning.intra_prompt_correlation` is the same for clusters of one size, which votes do not have.
 
@@ -149,7 +188,7 @@ def intraclass(values: ArrayLike, cluster: NDArray[np.int64]) -> float:
     sizes = np.bincount(cluster).astype(np.float64)
     groups, count = len(sizes), len(y)
     if groups < 2 or groups == count:
-        return 0.0
+        return math.nan
     means = np.bincount(cluster, y) / sizes
     between = float((sizes * (means - y.mean()) ** 2).sum()) / (groups - 1)
     within = float(((y - means[cluster]) ** 2).sum()) / (count - groups)

@@ -82,7 +82,8 @@ def build(record: Mapping[str, Any], votes: Sequence[Vote], anchor: str | None =
     protocol = record["protocol"]
     names = [a["name"] for a in record["arms"]]
     told = protocol.get("anchor")
-    found = analysis.analyse(votes, names, anchor or (told if told in names else None), analysis.rules(protocol))
+    base = anchor or (told if told in names else None)
+    found = analysis.analyse(votes, names, base, analysis.rules(protocol), finished=record.get("finished", []))
     counted = kept(votes, found)
     counts = {kind: sum(v["kind"] == kind for v in counted) for kind in ("normal", "gold", "repeat")}
     counts |= {"prompts": len(record["prompts"]), "images": sum(not i["degraded"] for i in record["images"])}

@@ -8,9 +8,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import IO, Any
 
 from fewstep.study.agreement import Vote
 
@@ -29,6 +29,12 @@ EXTERNAL = "external_id"
 RECORD = b"fewstep.study"  # key of a Parquet file's metadata
 FORMULA = tuple("=+-@\t\r\n'＝＋－＠")  # a cell that begins so could run in a spreadsheet
 MAX_INT = 2**63
+# What a file may become in memory, whatever its own size: a row takes about 3 KB, JSON up to 25 times its text.
+MAX_ROWS = 500_000
+MAX_LINE = 2**22  # bytes of a row as JSON
+MAX_WHOLE = 2**26  # bytes of JSON that is read as a whole
+MAX_CELLS = 2**30  # bytes of a Parquet file's columns, unpacked
+BATCH = 2**14  # rows of a Parquet file that are read at once
 
 
 def row(vote: Vote) -> dict[str, Any]:
@@ -75,14 +81,16 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return buffer.getvalue()
 
 
-def from_csv(text: str) -> list[dict[str, Any]]:
-    """Rows of CSV, with the columns' types.
+def from_csv(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Rows of CSV, with the columns' types, one after another.
+
+    Args:
+        lines: such as a file opened with newline="".
 
     Raises:
         ValueError: no header, a line of another length, or a cell that is not of its column's type; names it.
     """
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    out: list[dict[str, Any]] = []
+    reader = csv.reader(lines, strict=True)
     try:
         names = next(reader, [])
         if len(set(names)) != len(names) or not {"model_a", "model_b", "winner"} <= set(names):
@@ -92,10 +100,9 @@ def from_csv(text: str) -> list[dict[str, Any]]:
             told = f"line {reader.line_num}"
             if len(cells) != len(names):
                 raise ValueError(f"{told} has {len(cells)} cells, the header {len(names)}")
-            out.append({n: _typed(c, kinds[n], f"{told}, column {n}") for n, c in zip(names, cells, strict=True)})
+            yield {n: _typed(c, kinds[n], f"{told}, column {n}") for n, c in zip(names, cells, strict=True)}
     except csv.Error as error:
         raise ValueError(f"line {reader.line_num}: {error}") from error
-    return out
 
 
 def to_jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -103,17 +110,19 @@ def to_jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
 
 
-def from_jsonl(text: str) -> list[dict[str, Any]]:
-    """Rows of JSON lines.
+def from_jsonl(file: IO[bytes]) -> Iterator[dict[str, Any]]:
+    """Rows of JSON lines, one after another.
 
     Raises:
-        ValueError: a line that is no JSON object; names it.
+        ValueError: a line that is no JSON object in UTF-8, or one of several MiB; names it.
     """
-    out = []
-    for number, line in enumerate(text.split("\n"), 1):
+    number = 0
+    while line := file.readline(MAX_LINE + 1):
+        number += 1
+        if len(line) > MAX_LINE:
+            raise ValueError(f"line {number} has more than {MAX_LINE >> 20} MiB: no vote is that long")
         if line.strip():
-            out.append(parsed(line, f"line {number}"))
-    return out
+            yield parsed(line.decode("utf-8-sig" if number == 1 else "utf-8"), f"line {number}")
 
 
 def to_parquet(rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> bytes:
@@ -133,20 +142,39 @@ def to_parquet(rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> 
     return buffer.getvalue()
 
 
-def from_parquet(data: bytes) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """Rows of a Parquet file, and the study's record if it has one.
+def from_parquet(file: IO[bytes]) -> tuple[Iterator[dict[str, Any]], dict[str, Any] | None]:
+    """Rows of a Parquet file, one after another, and the study's record if it has one. Columns of no use are not read.
 
     Raises:
-        ValueError: pyarrow is missing, or it is no Parquet file.
+        ValueError: pyarrow is missing, it is no Parquet file, or one that unpacks to too much.
     """
     pa, parquet = _arrow()
     try:
-        table = parquet.read_table(io.BytesIO(data))
-        rows = table.to_pylist()
-        told = (table.schema.metadata or {}).get(RECORD)
+        # Texts stay one of each kind, as the file has them: a text of a million rows may be one.
+        types = pa.types
+        found = parquet.ParquetFile(file).schema_arrow
+        names = [f.name for f in found if types.is_string(f.type) or types.is_large_string(f.type)]
+        opened = parquet.ParquetFile(file, read_dictionary=names)
+        held, told = opened.metadata, (opened.schema_arrow.metadata or {}).get(RECORD)
+        size = sum(held.row_group(i).total_byte_size for i in range(held.num_row_groups))
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"it is no whole Parquet file ({str(error).splitlines()[0][:200]})") from error
-    return rows, None if told is None else parsed(told.decode(errors="replace"), "the record in its metadata")
+        raise ValueError(f"it is no whole Parquet file ({_first(error)})") from error
+    if held.num_rows > MAX_ROWS:
+        raise ValueError(f"it holds {held.num_rows:,} rows: no more than {MAX_ROWS:,} are read")
+    if size > MAX_CELLS:
+        raise ValueError(f"it unpacks to {size >> 20} MiB, more than is allowed")
+    wanted = [n for n in opened.schema_arrow.names if n in COLUMNS or n == "judge"]
+
+    def rows() -> Iterator[dict[str, Any]]:
+        try:
+            for batch in opened.iter_batches(batch_size=BATCH, columns=wanted):
+                columns = [_cells(column, pa) for column in batch.columns]
+                for cells in zip(*columns, strict=True):
+                    yield dict(zip(batch.schema.names, cells, strict=True))
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+            raise ValueError(f"it is no whole Parquet file ({_first(error)})") from error
+
+    return rows(), None if told is None else whole(told, "the record in its metadata")
 
 
 def to_label_studio(votes: Sequence[Vote]) -> list[dict[str, Any]]:
@@ -187,6 +215,29 @@ def from_label_studio(tasks: Any) -> list[dict[str, Any]]:
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"it is no Label Studio export of a study ({type(error).__name__}: {error})") from error
     return sorted(rows, key=lambda r: r["vote_id"] if isinstance(r.get("vote_id"), int) else 0)
+
+
+def limited(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Rows with their numbers, from 1.
+
+    Raises:
+        ValueError: there are more than `MAX_ROWS`.
+    """
+    for number, line in enumerate(rows, 1):
+        if number > MAX_ROWS:
+            raise ValueError(f"it holds more than {MAX_ROWS:,} rows, which is more than is read")
+        yield number, line
+
+
+def whole(data: bytes, told: str, kind: type = dict) -> Any:
+    """JSON of one kind from its bytes, as `parsed`.
+
+    Raises:
+        ValueError: more than `MAX_WHOLE` bytes, too.
+    """
+    if len(data) > MAX_WHOLE:
+        raise ValueError(f"{told} has more than {MAX_WHOLE >> 20} MiB, which is more than is read")
+    return parsed(data.decode("utf-8-sig"), told, kind)
 
 
 def parsed(text: str, told: str, kind: type = dict) -> Any:
@@ -242,6 +293,18 @@ def _typed(cell: str, kind: str, told: str) -> Any:
     if len(cell) > 20 or not cell.removeprefix("-").isdecimal():
         raise ValueError(f"{told} is {cell[:40]!r}, not a whole number")
     return int(cell)
+
+
+def _cells(column: Any, pa: Any) -> list[Any]:
+    """An Arrow column's values; equal texts are one object."""
+    if not pa.types.is_dictionary(column.type):
+        return list(column.to_pylist())
+    known = column.dictionary.to_pylist()
+    return [None if i is None else known[i] for i in column.indices.to_pylist()]
+
+
+def _first(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _arrow() -> tuple[Any, Any]:

@@ -26,7 +26,7 @@ except ImportError as error:
 from sqlalchemy.exc import SQLAlchemyError
 
 from fewstep import __version__
-from fewstep.study import ballots, links, store
+from fewstep.study import ballots, database, links, store
 from fewstep.study.ballots import Turned
 from fewstep.study.leases import Now
 from fewstep.study.limits import DAY, Addresses, Guard, Limiter, Limits
@@ -68,6 +68,7 @@ class Desk:
         Raises:
             Turned: 403 for a link that does not hold; 429 for one that comes too often, or an address that tries many.
         """
+        ballots.tidy(self.study)
         try:
             claim = links.read(self.study.secret, token, self.study.clock())
         except links.Refused as error:
@@ -131,20 +132,22 @@ def app(study: Store, *, open_to_all: bool = False, link_days: float = 30.0, lim
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        study.owed.set()  # a server that was killed may have left something in the log
         yield
-        store.fold(study.engine)  # whoever copies the file of a stopped study has every vote
+        database.fold(study.engine)  # whoever copies the file of a stopped study has every vote
         study.engine.dispose()
 
     desk = Desk(study, limits or Limits())
     made = FastAPI(
-        title="fewstep study", version=__version__, docs_url=None, redoc_url=None, default_response_class=HTMLResponse,
-        lifespan=lifespan,
+        title="fewstep study", version=__version__, openapi_url=None, docs_url=None, redoc_url=None,
+        default_response_class=HTMLResponse, lifespan=lifespan,
     )  # fmt: skip
     made.state.desk = desk
     made.mount("/static", StaticFiles(directory=STATIC), name="static")
     _failures(made, desk)
     _public(made, desk, open_to_all, link_days)
     _personal(made, desk)
+    _heads(made, open_to_all)
     made.add_middleware(Guard)
     return made
 
@@ -201,7 +204,8 @@ def _public(made: FastAPI, desk: Desk, open_to_all: bool, link_days: float) -> N
     @made.get("/health", responses=FAILURES)
     def health() -> Response:
         """Whether the server and its database answer."""
-        with store.reading(study.engine) as connection:
+        ballots.tidy(study)
+        with database.reading(study.engine) as connection:
             connection.exec_driver_sql("SELECT 1")
         return Response('{"ok": true}', media_type="application/json")
 
@@ -287,6 +291,26 @@ def _personal(made: FastAPI, desk: Desk) -> None:
         desk.own(who, "leave", form)
         ballots.withdraw(study, who)
         return desk.answer(request, who, token, Now("withdrawn"))
+
+
+def _heads(made: FastAPI, open_to_all: bool) -> None:
+    """HEAD, by which link checkers of mail programs look whether a page is there: answered without a look at the study.
+
+    A GET of these would enrol somebody, or lease pairs.
+    """
+
+    def there() -> Response:
+        found = HTMLResponse()
+        del found.headers["content-length"]  # the page of a GET is not empty
+        return found
+
+    def linked(who: Reader) -> Response:
+        return there()
+
+    for path in ("/", "/health", *(["/join"] if open_to_all else [])):
+        made.head(path, include_in_schema=False)(there)
+    for path in ("/s/{token}", "/s/{token}/leave"):
+        made.head(path, include_in_schema=False)(linked)
 
 
 def run(made: FastAPI, host: str, port: int, ready: Callable[[], None] = lambda: None) -> None:

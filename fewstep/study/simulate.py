@@ -7,7 +7,9 @@ the coverage figures of docs/study.md were measured with.
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import combinations
@@ -18,6 +20,7 @@ import numpy as np
 from scipy import special
 
 from fewstep.study import ratings
+from fewstep.study.design import Given, handed_out
 from fewstep.study.planning import ELO
 from fewstep.study.ratings import Floats, Ints, Table
 
@@ -200,7 +203,6 @@ def answers(
         start: first vote_id.
     """
     rng = np.random.default_rng([seed, 2, len(question)])
-    names = list(strengths)
     pairs = [p for p in record["pairs"] if p["gold_answer"] is None]
     golds = [p for p in record["pairs"] if p["gold_answer"] is not None and p["question"] == question]
     texts = {p["prompt"]: p for p in record["prompts"]}
@@ -209,64 +211,133 @@ def answers(
     step = np.concatenate([np.zeros(len(pairs), dtype=np.int64), np.tile([1, 2], int(again.sum()))])
     people = (rng.permutation(len(pairs))[rows] + step * max(1, annotators // 3)) % annotators
     left = (rng.permutation(len(pairs)) % 2 == 0)[rows] ^ (step % 2 == 1)
-    first, second = (np.array([names.index(pairs[r][key]) for r in rows]) for key in ("arm_a", "arm_b"))
-    prompt, number = (np.array([pairs[r][key] for r in rows]) for key in ("prompt", "seed"))
-    none = np.zeros(len(rows))
-    asked = Table(tuple(names), first, second, none, none > 0, none > 0, left, prompt, people)
-    plan = Design(asked, number, int(prompt.max()) + 1, int(number.max()) + 1, annotators)
-    drawn = draw(plan, np.array(list(strengths.values())), effects, rng)
+    drawn = _drawn([pairs[r] for r in rows], people, left, strengths, effects, rng)
     out: list[dict[str, Any]] = []
     for place in rng.permutation(len(rows)):
         person = int(people[place])
         voter = {"annotator": f"p{person:03d}", "question": question, "lazy": person in careless}
-        choice = _choice(float(drawn.score[place]), bool(drawn.bad[place]))
+        choice = drawn[place]
         shown = {**_shown(pairs[rows[place]], texts), "left_is_a": bool(left[place])}
         given = _record(out, voter, {**shown, "choice": choice}, rng, start)
         if rng.random() < checks:
             twice = {"kind": "repeat", "repeat_of": given["vote_id"], "left_is_a": not shown["left_is_a"]}
-            changed = choice if rng.random() < 0.8 else _choice(0.5 * rng.integers(3), False)
-            _record(out, voter, {**shown, **twice, "choice": changed}, rng, start)
+            _record(out, voter, {**shown, **twice, "choice": _again(choice, rng)}, rng, start)
         if golds and rng.random() < checks:
             right = _shown(golds[int(rng.integers(len(golds)))], texts)
-            answer = right["gold_answer"] if rng.random() < 0.96 else {"a": "b", "b": "a"}[right["gold_answer"]]
+            answer = _known(right["gold_answer"], rng)
             _record(out, voter, {**right, "left_is_a": bool(rng.random() < 0.5), "choice": answer}, rng, start)
     return out
 
 
+def replay(
+    record: Mapping[str, Any],
+    given: Sequence[Given],
+    strengths: Mapping[str, float],
+    effects: Effects = Effects(ties=0.15),  # noqa: B008
+    question: str = "quality",
+    careless: Sequence[int] = (),
+    seed: int = 0,
+    start: int = 1,
+) -> list[dict[str, Any]]:
+    """One question's votes on what people are given (`design.handed_out`); the other arguments as in `answers`."""
+    rng = np.random.default_rng([seed, 2, len(question)])
+    pairs, texts = {p["pair_id"]: p for p in record["pairs"]}, {p["prompt"]: p for p in record["prompts"]}
+    counted = [g for g in given if g.kind == "normal"]
+    people, left = (np.array([getattr(g, key) for g in counted]) for key in ("person", "left_is_a"))
+    drawn = iter(_drawn([pairs[g.pair] for g in counted], people, left, strengths, effects, rng))
+    out: list[dict[str, Any]] = []
+    for one in given:
+        shown = {**_shown(pairs[one.pair], texts), "kind": one.kind, "left_is_a": one.left_is_a}
+        if one.repeat_of is not None:
+            first = out[one.repeat_of]
+            shown |= {"repeat_of": first["vote_id"], "choice": _again(first["choice"], rng)}
+        else:
+            shown["choice"] = next(drawn) if one.kind == "normal" else _known(shown["gold_answer"], rng)
+        voter = {"annotator": f"p{one.person:03d}", "question": question, "lazy": one.person in careless}
+        _record(out, voter, shown, rng, start)
+    return out
+
+
 def rehearse(
-    folder: Path, out: Path, strengths: Mapping[str, float], annotators: int = 12, seed: int = 0, **more: Any
+    folder: Path,
+    out: Path,
+    strengths: Mapping[str, float],
+    annotators: int | None = None,
+    effects: Effects = Effects(ties=0.15),  # noqa: B008
+    careless: Sequence[int] = (),
+    seed: int = 0,
 ) -> int:
     """Copy a planned study and let nobody vote in it: to read its report, and mend its plan, before people are asked.
+
+    All that was planned is asked: the same pairs with the same sides, so often, of so many people, with the same checks.
 
     Args:
         folder: of the study.
         out: folder to make; its title says that it is a rehearsal.
         strengths: of the arms, in logits, by name.
-        annotators, seed, more: as in `answers`.
+        annotators: how many, where they are to be others than planned.
+        effects, careless, seed: as in `answers`.
 
     Returns:
         Number of votes.
 
     Raises:
-        ValueError: no study, a folder that is there, or other arms than the study's.
+        ValueError: no study, one that was not planned but imported, a folder that is there, or other arms than the study's.
     """
-    from fewstep.study import folders, store
+    from fewstep.study import database, folders, store
 
     folders.free(out)
     study = store.open_study(folder)
-    record = store.study_record(study.engine)
-    study.engine.dispose()
+    try:
+        record, slots = store.study_record(study.engine), store.slots(study.engine)
+    finally:
+        study.engine.dispose()
+    plan = record["protocol"].get("design")
+    if plan is None or not slots or slots[0]["contest"] < 0:
+        raise ValueError(f"{folder} was not planned but imported: there is no plan to rehearse")
+    if annotators is not None:
+        if annotators < 1:
+            raise ValueError(f"annotators must be 1 or more, not {annotators}")
+        most = max(Counter(s["question"] for s in slots).values())
+        plan = {**plan, "annotators": annotators, "normal_per_block": math.ceil(most / annotators)}
     if set(strengths) != {a["name"] for a in record["arms"]}:
         raise ValueError(f"strengths are needed of {', '.join(a['name'] for a in record['arms'])}")
     votes: list[dict[str, Any]] = []
-    for number, question in enumerate(("quality", "adherence")):
-        start = len(votes) + 1
-        votes += answers(record, strengths, annotators, question=question, seed=seed + number, start=start, **more)
-    named = {**record, "title": f"Rehearsal: {record['title']}"}
+    for number, question in enumerate(record["protocol"]["questions"]):
+        golds = [p["pair_id"] for p in record["pairs"] if p["gold_answer"] is not None and p["question"] == question]
+        given = handed_out([s for s in slots if s["question"] == question], golds, plan, question)
+        votes += replay(record, given, strengths, effects, question, careless, seed + number, len(votes) + 1)
+    finished = sorted({v["annotator"] for v in votes})
+    named = {**record, "title": f"Rehearsal: {record['title']}", "finished": finished}
     with folders.new_folder(out) as partial:
         shutil.copytree(folder / store.IMAGES, partial / store.IMAGES)
-        store.write(store.sqlite_url(partial / store.DATABASE), lambda engine: store.restore(engine, named, votes))
+        store.write_protocol(partial, record["protocol"])
+        database.write(database.sqlite_url(partial / store.DATABASE), lambda engine: store.restore(engine, named, votes))
     return len(votes)
+
+
+def _drawn(
+    pairs: Sequence[Mapping[str, Any]], people: Ints, left: Any, strengths: Mapping[str, float], effects: Effects, rng: Any
+) -> list[str]:
+    """Choices of people (N,) on pairs (N), with arm a on the left or not (N,)."""
+    names = list(strengths)
+    first, second = (np.array([names.index(p[key]) for p in pairs]) for key in ("arm_a", "arm_b"))
+    prompt, number = (np.array([p[key] for p in pairs]) for key in ("prompt", "seed"))
+    none = np.zeros(len(pairs))
+    asked = Table(tuple(names), first, second, none, none > 0, none > 0, left, prompt, people)
+    plan = Design(asked, number, int(prompt.max()) + 1, int(number.max()) + 1, int(people.max()) + 1)
+    drawn = draw(plan, np.array(list(strengths.values())), effects, rng)
+    return [_choice(float(score), bool(bad)) for score, bad in zip(drawn.score, drawn.bad, strict=True)]
+
+
+def _again(choice: str, rng: np.random.Generator) -> str:
+    """Somebody's answer when a pair comes back: the same in four of five cases."""
+    return choice if rng.random() < 0.8 else _choice(0.5 * rng.integers(3), False)
+
+
+def _known(right: str, rng: np.random.Generator) -> str:
+    """Somebody's answer to a gold pair."""
+    return right if rng.random() < 0.96 else {"a": "b", "b": "a"}[right]
 
 
 def _shown(pair: Mapping[str, Any], texts: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:

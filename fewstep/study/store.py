@@ -1,4 +1,4 @@
-"""A study's database: SQLite in WAL mode, one file for each study, or Postgres by its URL through the same statements.
+"""What a study's database holds, written and read through the same statements on SQLite and Postgres.
 
 Votes are never changed: taking one back is an event of its own. `votes` is the one way from here to analysis. Its rows, oldest
 first, undone votes left out:
@@ -28,16 +28,17 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fewstep.evaluate.benchmark import digest
 from fewstep.study import tables as t
+from fewstep.study.database import connect, reading, sqlite_url
 from fewstep.study.tables import CHOICES, KINDS, QUESTIONS, VIEWPORTS
 
 try:
@@ -49,6 +50,7 @@ except ImportError as error:
 DATABASE, SECRET, PROTOCOL, IMAGES = "study.sqlite", "secret.key", "protocol.json", "images"  # see `folders`, too
 SECRET_BYTES = 32
 ROWS_AT_ONCE = 2000
+FINISH = "finish"  # kind of the event that an annotator has answered all that they were given
 NONE = type(None)
 BOOLEANS: tuple[tuple[str, tuple[type, ...]], ...] = (("zoomed", (bool,)), ("left_is_a", (bool,)))
 
@@ -63,6 +65,7 @@ class Store:
         secret: 32 bytes that sign links, forms and completion codes; never in the database, never exported.
         protocol: as `protocol.json` has it.
         clock: seconds since 1970.
+        owed: set while something that was deleted may still be in SQLite's log; see `ballots.tidy`.
     """
 
     engine: sql.Engine
@@ -70,65 +73,7 @@ class Store:
     secret: bytes
     protocol: Mapping[str, Any]
     clock: Callable[[], float] = time.time
-
-
-def connect(url: str | sql.URL) -> sql.Engine:
-    """An engine on a database.
-
-    Args:
-        url: such as "sqlite:////data/study.sqlite" or "postgresql://user@host/name".
-
-    Raises:
-        ValueError: no such kind of database, or its driver is missing.
-    """
-    try:
-        at = sql.make_url(url.replace("postgres://", "postgresql://", 1) if isinstance(url, str) else url)
-        if at.drivername == "postgresql":
-            at = at.set(drivername="postgresql+psycopg")
-        if at.drivername not in ("sqlite", "postgresql+psycopg"):
-            raise ValueError("a study's database is SQLite or Postgres: give a URL that begins with postgresql://")
-        if at.drivername != "sqlite":
-            return sql.create_engine(at, pool_size=20, max_overflow=20, pool_pre_ping=True)
-        # One connection: threads of the server wait in turn for it, which is faster than SQLite's own waiting.
-        one = {"poolclass": sql.QueuePool, "pool_size": 1, "max_overflow": 0, "pool_timeout": 120}
-        engine = sql.create_engine(at, connect_args={"check_same_thread": False}, **one)
-    except ImportError as error:
-        raise ValueError("Postgres needs its driver: pip install 'fewstep[postgres]'") from error
-    except SQLAlchemyError as error:
-        raise ValueError(f"that is no database's URL: {type(error).__name__}") from error  # the URL may hold a password
-
-    @sql.event.listens_for(engine, "connect")
-    def configure(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # transactions are begun below, not by Python's module
-        for line in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "busy_timeout=60000"):
-            connection.execute(f"PRAGMA {line}")
-
-    @sql.event.listens_for(engine, "begin")
-    def begin(connection: sql.Connection) -> None:
-        reads = connection.get_execution_options().get("fewstep_reads")
-        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
-
-    return engine
-
-
-def fold(engine: sql.Engine) -> None:
-    """Put what SQLite's log holds into the one file of the database, and empty the log; nothing to do on Postgres.
-
-    Afterwards a copy of the file is whole, and what was deleted is in no file any more.
-    """
-    if engine.dialect.name == "sqlite":
-        raw = engine.raw_connection()
-        try:
-            raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        finally:
-            raw.close()
-
-
-@contextmanager
-def reading(engine: sql.Engine) -> Iterator[sql.Connection]:
-    """A connection that locks nobody out. On SQLite all that it reads is of one moment; on Postgres each statement is."""
-    with engine.connect() as connection:
-        yield connection.execution_options(fewstep_reads=True)
+    owed: threading.Event = field(default_factory=threading.Event, compare=False)
 
 
 def open_study(folder: Path, url: str | None = None) -> Store:
@@ -163,9 +108,10 @@ def open_study(folder: Path, url: str | None = None) -> Store:
     return Store(engine, folder, secret, json.loads(row.protocol))  # one that was imported has no secret: reports need none
 
 
-def sqlite_url(path: Path) -> sql.URL:
-    """URL of a database file, whatever characters its path has."""
-    return sql.URL.create("sqlite", database=str(path.absolute()))
+def write_protocol(folder: Path, protocol: Mapping[str, Any]) -> None:
+    """Write what was settled into a study's folder, under its hash, for people to read."""
+    text = json.dumps({"hash": digest(protocol), **protocol}, indent=1)
+    (folder / PROTOCOL).write_text(text, encoding="utf-8")
 
 
 def new_secret(folder: Path) -> bytes:
@@ -215,16 +161,6 @@ def create(
     except (SQLAlchemyError, OverflowError) as error:
         why = "is the server there, and is every number of the study one that it can keep?"
         raise ValueError(f"the database refused the study ({type(error).__name__}), nothing was written: {why}") from error
-
-
-def write(url: str | sql.URL, fill: Callable[[sql.Engine], None]) -> None:
-    """Fill a database and close it; SQLite's is then one file, without the log beside it."""
-    engine = connect(url)
-    try:
-        fill(engine)
-        fold(engine)
-    finally:
-        engine.dispose()
 
 
 def _rows(record: Mapping[str, Any]) -> list[tuple[sql.Table, list[dict[str, Any]]]]:
@@ -295,18 +231,35 @@ def stands(vote: sql.Table) -> sql.ColumnElement[bool]:
     return ~sql.exists().where(back.c.kind == "undo", back.c.vote == vote.c.id)
 
 
+def finished(connection: sql.Connection) -> set[str]:
+    """Pseudonyms of those who answered all that they were given, and took no answer back after that."""
+    e, who = t.event, t.annotator
+    last = sql.select(sql.func.max(e.c.id)).where(e.c.kind.in_((FINISH, "undo"))).group_by(e.c.annotator)
+    query = sql.select(who.c.code).join(e, e.c.annotator == who.c.id).where(e.c.kind == FINISH, e.c.id.in_(last))
+    return set(connection.execute(query.where(sql.exists().where(t.vote.c.annotator == who.c.id))).scalars())
+
+
+def slots(engine: sql.Engine) -> list[dict[str, Any]]:
+    """Everything that is to be asked, in order of turns: "question", "contest", "pair", "prompt", "left_is_a", "turn"."""
+    a = t.assignment
+    wanted = sql.select(a.c.question, a.c.contest, a.c.pair, a.c.prompt, a.c.left_is_a, a.c.turn).where(a.c.kind == "normal")
+    with reading(engine) as connection:
+        return [dict(row._mapping) for row in connection.execute(wanted.order_by(a.c.turn, a.c.id))]
+
+
 def study_record(engine: sql.Engine) -> dict[str, Any]:
-    """What the study is, without its votes and without anything of its people.
+    """What the study is, without its votes, and of its people nothing but who finished.
 
     Returns:
         "title", "protocol" (a dictionary), "hash" (of the protocol), "created" (ISO), "arms" ({"name", "sampling"}), "prompts"
         ({"prompt", "text", "category", "facts"}), "images" ({"id", "arm" (name), "prompt", "seed", "degraded", "sha256",
-        "width", "height"}; the file is images/ID.png) and "pairs" ({"pair_id", "prompt", "seed", "arm_a", "arm_b", "image_a",
-        "image_b", "question", "gold_answer"}; of gold pairs alone the last two are told).
+        "width", "height"}; the file is images/ID.png), "pairs" ({"pair_id", "prompt", "seed", "arm_a", "arm_b", "image_a",
+        "image_b", "question", "gold_answer"}; of gold pairs alone the last two are told) and "finished" (see `finished`).
     """
     with reading(engine) as connection:
         head = connection.execute(sql.select(t.study)).one()
         names = {row.id: row.name for row in connection.execute(sql.select(t.arm))}
+        whole = sorted(finished(connection))
         found = {
             table.name: [dict(row._mapping) for row in connection.execute(sql.select(table).order_by(table.c.id))]
             for table in (t.arm, t.prompt, t.image, t.pair)
@@ -325,6 +278,7 @@ def study_record(engine: sql.Engine) -> dict[str, Any]:
         "pairs": [
             {"pair_id": p.pop("id"), **p, "arm_a": names[p["arm_a"]], "arm_b": names[p["arm_b"]]} for p in found["pair"]
         ],
+        "finished": whole,
     }
 
 
@@ -364,8 +318,13 @@ def restore(engine: sql.Engine, record: Mapping[str, Any], rows: Sequence[Mappin
         })  # fmt: skip
     if len({line["id"] for line in given}) != len(given):
         raise ValueError("two votes of the export have one vote_id")
+    whole = record.get("finished", [])  # exports of older versions do not tell
+    if not isinstance(whole, list) or not all(isinstance(code, str) and code in people for code in whole):
+        raise ValueError("the record's finished people are not those who voted")
+    ends = [{"at": 0.0, "annotator": people[code], "kind": FINISH, "payload": "{}"} for code in whole]
     lines = [{"id": i, "code": code, "status": "restored", "begun": 0, "created": 0.0} for code, i in people.items()]
-    create(engine, record, restored=True, votes=[(t.annotator, lines), (t.assignment, asked), (t.vote, given)])
+    rows_of = [(t.annotator, lines), (t.assignment, asked), (t.vote, given), (t.event, ends)]
+    create(engine, record, restored=True, votes=rows_of)
 
 
 def _check_vote(row: Mapping[str, Any], pairs: Mapping[int, Mapping[str, Any]]) -> None:

@@ -118,7 +118,7 @@ event = _table(
     Column("id", Integer, primary_key=True),
     Column("at", Float(53), nullable=False),
     Column("annotator", Integer),
-    Column("kind", sql.String(16), nullable=False),  # consent, begin, undo, late, withdrawn
+    Column("kind", sql.String(16), nullable=False),  # consent, begin, undo, late, finish, withdrawn
     Column("vote", Integer),
     Column("payload", Text, nullable=False),
     sql.UniqueConstraint("kind", "vote"),  # a vote is taken back once

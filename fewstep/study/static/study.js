@@ -38,15 +38,33 @@
     if (wait) setTimeout(() => { if (wait.isConnected) htmx.ajax("GET", location.pathname, "#main"); }, 1000 * Number(wait.dataset.wait));
     shownAt = null;
     zoomed = false;
+    lock();
     window.scrollTo(0, 0);
     if (!ballot) return;
     const images = [...ballot.querySelectorAll("img")];
-    Promise.allSettled(images.map((image) => image.decode())).then(() => {
+    Promise.all(images.map((image) => loaded(image, ballot))).then(() => {
       if (!ballot.isConnected) return;
       shownAt = performance.now();
+      lock();
       ballot.dataset.ready = "1";
       for (const name of ballot.dataset.ahead.split(" ").filter(Boolean)) new Image().src = "/i/" + name;
     });
+  }
+
+  // Until an image is there. One that does not come is asked for again, each time after a longer wait, while the pair is shown.
+  async function loaded(image, ballot) {
+    const source = image.getAttribute("src");
+    for (let tries = 1; ballot.isConnected; tries += 1) {
+      try {
+        await image.decode();
+        if (tries > 1 && !waiting) find("#notice").replaceChildren();
+        return;
+      } catch { /* below */ }
+      if (!ballot.isConnected) return;
+      say("An image has not loaded", "It is asked for again by itself. You can answer once both images are there.");
+      await new Promise((done) => setTimeout(done, RETRY_MS[Math.min(tries, RETRY_MS.length) - 1]));
+      image.src = source + "?again=" + tries; // another address: a damaged copy may be kept by the browser
+    }
   }
 
   function zoom(on) {
@@ -64,11 +82,17 @@
     pair.style.setProperty("--y", at[1] + "%");
   }
 
+  // Nothing can be answered before both images are there, or while an answer waits to be sent.
+  function lock() {
+    document.querySelectorAll("#answers button").forEach((e) => { e.disabled = waiting || shownAt === null; });
+    document.querySelectorAll(".undo button").forEach((e) => { e.disabled = waiting; });
+    const form = find("#answers");
+    if (form) form.classList.toggle("waiting", waiting);
+  }
+
   function hold(on) {
     waiting = on;
-    document.querySelectorAll("#answers button, .undo button").forEach((e) => { e.disabled = on; });
-    const form = find("#answers");
-    if (form) form.classList.toggle("waiting", on);
+    lock();
   }
 
   // The server's own words: of what it refused, or asks to wait for.
