@@ -365,7 +365,8 @@ def _hush() -> None:
 def main() -> None:
     """Be a worker: the command line holds its `Spec` as JSON, the standard pipes its orders and answers."""
     _hush()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to answer; it closes the pipe
+    for told in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the server answers them and closes the pipe
+        signal.signal(told, signal.SIG_IGN)
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not come between the frames
     worker = _Worker(os.fdopen(os.dup(0), "rb"), out)
