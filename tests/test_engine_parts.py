@@ -173,7 +173,6 @@ def test_t5_is_transformers_own(feed: str) -> None:
 def test_encoders_that_are_rounded_or_narrow_are_run_by_their_own_pass() -> None:
     pipe = tiny_pipe()
     pipe.text_encoder.to(torch.bfloat16)
-    pipe.text_encoder_2.text_projection = torch.nn.Sequential(pipe.text_encoder_2.text_projection)
     pipe.text_encoder_3.encoder.block[0].layer[0].SelfAttention.q.weight.data = torch.zeros(1).to(torch.float64)
     made = encoders.prepare(pipe)
     assert made.text_encoder is pipe.text_encoder and made.text_encoder_3 is pipe.text_encoder_3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -138,8 +139,12 @@ def test_what_is_no_pipeline_is_refused(tmp_path: Path, teacher_folder: Path) ->
     with pytest.raises(ValueError, match="is not a model: model_index.json is missing"):
         sd3.load(tmp_path)
     (tmp_path / "model_index.json").write_text((teacher_folder / "model_index.json").read_text())
-    with pytest.raises(ValueError, match="does not open as StableDiffusion3Pipeline"):
+    with pytest.raises(ValueError, match="does not open as StableDiffusion3Pipeline: .* has no folder"):
         sd3.load(tmp_path)
+    for named in (["mylib", "Evil"], ["transformers", "NoSuchModel"], [None, None], []):
+        (tmp_path / "model_index.json").write_text(json.dumps({"transformer": named}))
+        with pytest.raises(ValueError, match="does not open as StableDiffusion3Pipeline"):
+            sd3.load(tmp_path)
 
 
 def test_images_of_prompts_differ(ours) -> None:

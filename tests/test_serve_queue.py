@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from serving import Painter, colour, paint
 
 from fewstep.serve.contract import Ask, Contract
-from fewstep.serve.queue import Died, Down, Full, Line, TooLate
+from fewstep.serve.queue import FAILURES, Died, Down, Full, Line, TooLate
 from fewstep.serve.workers import InProcess, Process, Spec
 
 OPENER = "serving:open_painter"
@@ -295,9 +295,10 @@ class Mortal(InProcess):
 def test_an_engine_that_fails_at_everything_is_opened_again(tmp_path: Path) -> None:
     async def work() -> None:
         line = await opened(Line("painter", [Process(Spec("spoilt", {"mark": str(tmp_path / "m")}, OPENER))], wait_s=0.0))
-        with pytest.raises(RuntimeError, match="in the engine"):
-            await line.collect(line.put(filled(line, asks(1))), 10)
-        assert line.restarts == 0, "it may have been for that image alone"
+        for _ in range(FAILURES - 1):
+            assert line.restarts == 0, "it may have been for these images alone"
+            with pytest.raises(RuntimeError, match="in the engine"):
+                await line.collect(line.put(filled(line, asks(1))), 10)
         (made,) = await line.collect(line.put(filled(line, asks(1))), 20)
         assert tuple(made.image[0, 0]) == colour("prompt 0", 0) and line.restarts == 1
         await line.close()

@@ -22,6 +22,7 @@ import torch
 import transformers
 from diffusers import ModelMixin, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer
@@ -64,7 +65,7 @@ def load(
     left_out: dict[str, Any] = dict.fromkeys((*without, *absent(folder)))
     try:
         pipe = StableDiffusion3Pipeline(**_parts(folder, dtype, left_out), **left_out)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, IndexError, SafetensorError) as error:
         raise ValueError(f"{folder} does not open as StableDiffusion3Pipeline: {error}") from error
     for name in NETWORKS:
         network = getattr(pipe, name)
@@ -83,9 +84,12 @@ def _parts(folder: Path, dtype: torch.dtype, without: Collection[str]) -> dict[s
     made = {}
     for name in PARTS:
         if name in index and name not in without:
-            origin, called = index[name]
-            library, typed = LIBRARIES[origin]
-            kind = getattr(library, called)
+            library, typed = LIBRARIES.get(str(index[name][0]), (None, ""))
+            kind = getattr(library, str(index[name][1]), None)
+            if kind is None or not (folder / name).is_dir():
+                raise ValueError(f"{name}, which model_index.json names as {index[name]}, " + (
+                    "has no folder" if kind else "is of a library or class that SD3's pipelines are not made of"
+                ))
             given = {typed: dtype} if issubclass(kind, nn.Module) else {}
             made[name] = kind.from_pretrained(folder / name, local_files_only=True, **given)
     return made
@@ -336,8 +340,8 @@ def decode(pipe: StableDiffusion3Pipeline, x0: Tensor) -> Tensor:
     As many at once as make one image of 512 pixels' side, because the autoencoder's memory grows with the pixels.
     """
     batch = max(1, DECODED_AT_ONCE // (x0.shape[-2] * x0.shape[-1]))
-    config = pipe.vae.config
-    latents = x0.to(pipe.vae.device, pipe.vae.dtype) / config.scaling_factor + config.shift_factor
+    config, one = pipe.vae.config, next(pipe.vae.parameters())  # its `device` and `dtype` look through all of them
+    latents = x0.to(one.device, one.dtype) / config.scaling_factor + config.shift_factor
     pixels = [pipe.vae.decode(chunk, return_dict=False)[0].float() for chunk in latents.split(batch)]
     return torch.cat(pixels).to(x0.device)
 

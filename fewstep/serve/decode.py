@@ -35,7 +35,7 @@ def pixels(vae: Any, x0: Tensor) -> Tensor:
     """
     tiled = 64 * x0.shape[-1] * x0.shape[-2] > WHOLE
     (vae.enable_tiling if tiled else vae.disable_tiling)()
-    parts = x0.split(1 if vae.device.type == "cpu" else len(x0))
+    parts = x0.split(1 if next(vae.parameters()).device.type == "cpu" else len(x0))
     try:
         return torch.cat([sd3.decode(SimpleNamespace(vae=vae), part) for part in parts])
     finally:

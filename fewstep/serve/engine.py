@@ -7,6 +7,7 @@ and by nothing that changes the image.
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import time
@@ -54,7 +55,9 @@ class Engine:
         self.notes: list[str] = []
         model = load()
         self.contract, self.device = _contract(model), model.device
-        self._tokenizers = {n: t for n in _TOKENIZERS if (t := getattr(model.pipe, n)) is not None}
+        # of its own, because a tokenizer remembers how it was last asked to cut, and `resolve` does not wait for a drawing
+        self._tokenizers = {n: copy.deepcopy(t) for n in _TOKENIZERS if (t := getattr(model.pipe, n)) is not None}
+        self._reading = threading.Lock()
         dtype = str(model.dtype)
         identity = [model.identity, model.record.t5_tokens, sorted(model.record.encoders), dtype]
         encode = text.in_turn(model.texts, model.record.t5_tokens, model.dtype, model.record.encoders)
@@ -72,9 +75,13 @@ class Engine:
         settled, said = contracts.resolve(self.contract, ask)
         used = {"prompt": settled.prompt, "negative prompt": settled.negative_prompt if settled.guidance_scale != 1 else ""}
         for name, words in used.items():
-            if len(words) > SHORT and text.cut(self._tokenizers, self.contract.t5_tokens, words):
+            if len(words) > SHORT and self._cuts(words):
                 said = (*said, f"the {name} is longer than any text encoder reads: its end has no effect")
         return settled, said
+
+    def _cuts(self, words: str) -> bool:
+        with self._reading:
+            return text.cut(self._tokenizers, self.contract.t5_tokens, words)
 
     def grid(self, steps: int) -> tuple[float, ...]:
         """Times visited by so many steps: the model's own, or a uniform grid shifted by 3."""

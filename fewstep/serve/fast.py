@@ -122,10 +122,10 @@ def know(fast: Fast, times: Sequence[float], cond: TextCond) -> list[Known]:
         cond: of the prompts.
     """
     network, count = fast.network, len(times)
-    cond = cond.to(network.device, sd3.narrow(network) or torch.float32)
+    cond = cond.to(fast.ones.device, fast.ones.dtype)
     # products of few rows are computed in another way, by how many they are
     padded = list(times) + [times[-1]] * (ROWS - count)
-    timestep = torch.tensor(padded * len(cond), dtype=torch.float32, device=network.device) * TRAIN_TIMESTEPS
+    timestep = torch.tensor(padded * len(cond), dtype=torch.float32, device=fast.ones.device) * TRAIN_TIMESTEPS
     embedding = F.silu(network.time_text_embed(timestep, cond.pooled.repeat_interleave(len(padded), dim=0)))
     made = fast.adaln(embedding).view(len(cond), len(padded), len(fast.ones), 1, -1)[:, :count] + fast.ones
     return [Known(*pair) for pair in zip(network.context_embedder(cond.tokens), made, strict=True)]

@@ -46,7 +46,8 @@ class Opened:
     Attributes:
         folder: as it was given.
         record: what it is.
-        pipe: autoencoder, tokenizers and, unless they are opened when needed, text encoders.
+        pipe: autoencoder, tokenizers and, unless they are opened when needed, text encoders; for drawing only, as matrices
+            that lie the other way round cannot be saved.
         networks: one denoiser for all times, or "low" and "high"; empty where another runtime draws.
         boundary: the last time of the low branch.
         velocity: of another runtime; None where there are networks.
@@ -302,16 +303,19 @@ def too_large(source: str | Path, teacher: Path | None, base: Path | None, dtype
     """
     import psutil
 
-    folder = folder_of(source)
+    folder = own = folder_of(source)
     stored = _stored(folder)
-    if artifact.exists(folder) and (record := artifact.read(folder)).kind == "export" and record.format not in WHOLE:
+    if (folder / LOW).is_dir() and (folder / HIGH).is_dir():  # branches share all but the denoiser
+        own = folder / LOW
+        stored = _stored(own) + _stored(folder / HIGH / "transformer")
+    elif artifact.exists(folder) and (record := artifact.read(folder)).kind == "export" and record.format not in WHOLE:
         own = _base_of(folder, record, base)
         stored += _stored(own) - _stored(own / "transformer")
         if record.format == "lora":
             stored += _stored(_teacher_of(folder, record, teacher) / "transformer")
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    narrow = device.type == "cuda" or stored > SMALL if dtype == "auto" else dtype != "float32"
-    return bool(stored * (1 if narrow else 2) > SHARE * free)  # 16 bits on disk
+    wider = 2 if _dtype(dtype, own, device) == torch.float32 else 1  # 16 bits on disk
+    return bool(wider * stored > SHARE * free)
 
 
 def _stored(folder: Path) -> int:

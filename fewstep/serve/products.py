@@ -25,8 +25,8 @@ TWO_U = torch.tensor(2 * U)
 
 
 def product(part: Any) -> Product:
-    """A matrix of ordinary numbers turned round; one that is rounded or adapted as it is."""
-    return joined(part) if plain(part) else part  # type: ignore[no-any-return]
+    """A matrix of ordinary numbers, turned round on a CPU; one that is rounded or adapted as it is."""
+    return joined(part) if plain(part) and _turns(part.weight) else part  # type: ignore[no-any-return]
 
 
 def joined(*parts: Any) -> Product:
@@ -34,8 +34,7 @@ def joined(*parts: Any) -> Product:
     if not all(plain(part) for part in parts):
         return lambda x: torch.cat([part(x) for part in parts], dim=-1)
     one, out = parts[0].weight.detach(), sum(len(part.weight) for part in parts)
-    turned = one.device.type == "cpu" and one.dtype == torch.float32
-    weight = one.new_empty(one.shape[1], out).t() if turned else one.new_empty(out, one.shape[1])
+    weight = one.new_empty(one.shape[1], out).t() if _turns(one) else one.new_empty(out, one.shape[1])
     bias = torch.cat([part.bias.detach() for part in parts]) if parts[0].bias is not None else None
     first = 0
     for part in parts:  # one after another, so that little is in memory twice
@@ -43,7 +42,17 @@ def joined(*parts: Any) -> Product:
         part.weight.data = weight[rows].copy_(part.weight.detach())
         if bias is not None:
             part.bias.data = bias[rows]
-    return partial(F.linear, weight=weight, bias=bias)
+    # as parameters, because CUDA graphs copy what is none at each replay
+    return partial(F.linear, weight=_parameter(weight), bias=None if bias is None else _parameter(bias))
+
+
+def _parameter(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=False)
+
+
+def _turns(weight: Tensor) -> bool:
+    """Where products of few tokens are faster the other way round."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 def plain(part: nn.Module) -> bool:

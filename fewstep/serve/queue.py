@@ -19,7 +19,7 @@ from fewstep.serve.jobs import Batch, Job, StepCall
 
 LOG = logging.getLogger("fewstep.serve")
 TRIES = 2  # of an image whose worker died: the second one alone, so that it takes no other with it
-FAILURES = TRIES + 1  # batches in a row that end a worker; one image that cannot be drawn fails twice, which is no reason
+FAILURES = 3  # batches in a row that end a worker; a second try says nothing of it, as the image may be what cannot be drawn
 LONGEST_WAIT_S = 120  # that Retry-After names
 LONGEST_PAUSE_S = 30.0  # between attempts to start a worker
 MEMORY = 0.3  # weight of the last batch in the rate
@@ -286,7 +286,7 @@ class Line:
             self._again(batch, died)
         except Exception as error:  # the engine's: said in the log, and tried again as a dead worker's
             LOG.exception("%s failed on a batch of %d", self.name, len(batch.jobs))
-            self._failures[hand] += 1
+            self._failures[hand] += not any(job.tries for job in batch.jobs)
             self._again(batch, RuntimeError(f"{type(error).__name__} in the engine"))
         else:
             self._failures[hand] = 0

@@ -71,7 +71,7 @@ class InProcess:
     async def start(self) -> Contract:
         """The engine is open already. Raises ValueError where it was closed: nobody here can open it again."""
         if not self.alive():
-            raise ValueError("its engine failed again and again, and lives in the server's own process; start that again")
+            raise ValueError("its engine was closed, and lives in the server's own process: start that again")
         return self.engine.contract
 
     async def draw(self, batch: Batch) -> list[Made]:
