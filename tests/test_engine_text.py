@@ -76,7 +76,7 @@ def test_memory_keeps_what_was_used_last() -> None:
 def test_what_is_known_of_a_prompt_is_the_same_alone_and_in_any_batch() -> None:
     """Bit for bit: conditions, modulations and projected context, from encoders that have kept nothing."""
     model = opening.open_model("bundled", None, None, "float32", torch.device("cpu"), False)
-    encode, network = text.together(model.encode), fast.prepare(model.networks["all"])
+    encode, network = text.together(model.encode, model.alone), fast.prepare(model.networks["all"])
     texts = [f"{prompt} {k}" for k in range(6) for prompt in PROMPTS]  # more than are encoded at once
     many, times = encode(texts), model.record.grid[:-1]
     known = fast.know(network, times, TextCond.cat(many))

@@ -28,6 +28,8 @@ GELU_TANH = ("gelu_new", "gelu_pytorch_tanh")
 def prepare(pipe: Any) -> SimpleNamespace:
     """A pipeline's tokenizers and text encoders for `sd3.encode`, those replaced by `Clip` and `T5` that they can stand for.
 
+    `alone` says whether a prompt's condition is the same where it is encoded alone: the others' matrices are not turned round.
+
     On a CPU pooled features are projected prompt by prompt in either case: a batch gives no other numbers there than prompts.
     """
     names = ("tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer")
@@ -40,6 +42,8 @@ def prepare(pipe: Any) -> SimpleNamespace:
             encoder.text_projection = RowByRow(encoder.text_projection)
     if fits(found.text_encoder_3, T5EncoderModel):
         found.text_encoder_3 = T5(found.text_encoder_3)
+    encoders = (found.text_encoder, found.text_encoder_2, found.text_encoder_3)
+    found.alone = all(isinstance(encoder, Clip | T5 | None) for encoder in encoders)
     return found
 
 

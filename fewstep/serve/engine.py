@@ -62,7 +62,7 @@ class Engine:
         identity = [model.identity, model.record.t5_tokens, sorted(model.record.encoders), dtype]
         encode = text.in_turn(model.texts, model.record.t5_tokens, model.dtype, model.record.encoders)
         if not released:
-            encode = text.together(model.encode)
+            encode = text.together(model.encode, model.alone)
         self._texts = text.Conditions(encode, identity, folder)
         self._drawer: _Drawer | None = None if released else _Drawer(model, compiled, self.notes)
 

@@ -19,15 +19,24 @@ import torch
 import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
 from diffusers.models.normalization import RMSNorm
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.conditioning import TextCond
 from fewstep.models import adapters, modulation, sd3
 from fewstep.models.sd3 import TRAIN_TIMESTEPS
-from fewstep.serve.products import Product, attend, gelu, joined, product, rms_normed
+from fewstep.serve.products import (
+    ALONE,
+    ALONE_TURNED,
+    Product,
+    attend,
+    gelu,
+    joined,
+    product,
+    rms_normed,
+    turns,
+)
 
 EPS = 1e-6  # of every LayerNorm of SD3
-ROWS = 16  # from which on a product's last bits do not depend on how many there are, on the CPUs that this was tried on
 SCALES = {9: (1, 4, 7), 6: (1, 4), 2: (0,)}  # rows that are scales, by the number of rows: the network adds 1 to them
 
 
@@ -83,12 +92,14 @@ class Fast:
         blocks: its joint blocks.
         adaln: all its matrices of adaLN as one, in the order in which their rows are taken.
         ones: what the network adds to these rows, (R, 1, 1): 1 to scales, 0 to others.
+        least: times that are computed together at least, so that last bits are the same for any number.
     """
 
     network: Any
     blocks: tuple[Block, ...]
     adaln: Product
     ones: Tensor
+    least: int
 
 
 def fits(network: Any) -> bool:
@@ -108,8 +119,12 @@ def prepare(network: SD3Transformer2DModel) -> Fast:
     for module in modules:
         rows = int(module.out_features) // network.inner_dim  # type: ignore[arg-type]
         ones += [float(row in SCALES[rows]) for row in range(rows)]
-    dtype = sd3.narrow(network) or torch.float32
-    return Fast(network, blocks, joined(*modules), torch.tensor(ones, dtype=dtype, device=network.device)[:, None, None])
+    embedders = [part for part in network.time_text_embed.modules() if isinstance(part, nn.Linear)]
+    least = 1 + (ALONE_TURNED if turns(*modules, *embedders) else ALONE)
+    for part in embedders:
+        product(part)  # which turns it round
+    made = torch.tensor(ones, dtype=sd3.narrow(network) or torch.float32, device=network.device)[:, None, None]
+    return Fast(network, blocks, joined(*modules), made, least)
 
 
 @torch.no_grad()
@@ -123,8 +138,7 @@ def know(fast: Fast, times: Sequence[float], cond: TextCond) -> list[Known]:
     """
     network, count = fast.network, len(times)
     cond = cond.to(fast.ones.device, fast.ones.dtype)
-    # products of few rows are computed in another way, by how many they are
-    padded = list(times) + [times[-1]] * (ROWS - count)
+    padded = list(times) + [times[-1]] * (fast.least - count)
     timestep = torch.tensor(padded * len(cond), dtype=torch.float32, device=fast.ones.device) * TRAIN_TIMESTEPS
     embedding = F.silu(network.time_text_embed(timestep, cond.pooled.repeat_interleave(len(padded), dim=0)))
     made = fast.adaln(embedding).view(len(cond), len(padded), len(fast.ones), 1, -1)[:, :count] + fast.ones

@@ -53,6 +53,7 @@ class Opened:
         velocity: of another runtime; None where there are networks.
         texts: folder that the text encoders come from.
         encode: prompts to conditions (B).
+        alone: whether a prompt's condition is the same, bit for bit on a CPU, where it is encoded alone.
         decode: latents to pixels by another runtime; None where torch does it.
         dtype: that the denoiser computes in.
         positions: patches along the longest side of its table of positions.
@@ -69,6 +70,7 @@ class Opened:
     velocity: Velocity | None
     texts: Path
     encode: Callable[[list[str]], TextCond]
+    alone: bool
     decode: Callable[[Tensor], Tensor] | None
     dtype: torch.dtype
     positions: int
@@ -155,6 +157,7 @@ def _opened(
         "boundary": 0.0,
         "velocity": None,
         "encode": lambda prompts: sd3.encode(texts_of, prompts, t5_tokens),
+        "alone": texts_of.alone and "encode" not in parts,
         "decode": None,
         "dtype": torch.float32,
         "positions": side,

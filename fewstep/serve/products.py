@@ -1,7 +1,8 @@
 """Matrices as functions that are fast with few tokens, and what is computed between them, in as few passes as PyTorch allows.
 
 Up to rounding each is what PyTorch's own computes (tested). On a CPU a product of 16 to 40 tokens takes half the time if the
-matrix lies in memory the other way round; nothing is held twice, the module's own weight becomes a view of it.
+matrix lies in memory the other way round; nothing is held twice, the module's own weight becomes a view of it. Last bits of a
+product depend on how many tokens there are where those are few, `ALONE` or fewer: fewer still with matrices turned round.
 
 Shapes: B images or prompts, S tokens, D width, A heads, K head width.
 """
@@ -20,13 +21,19 @@ from torch import Tensor, nn
 Product = Callable[[Tensor], Tensor]
 """A matrix and its bias, applied to tokens (B, S, D)."""
 
+ALONE, ALONE_TURNED = 15, 1  # on the CPUs that this was tried on; see docs/inference.md
 U = math.sqrt(2 / math.pi)
 TWO_U = torch.tensor(2 * U)
 
 
 def product(part: Any) -> Product:
     """A matrix of ordinary numbers, turned round on a CPU; one that is rounded or adapted as it is."""
-    return joined(part) if plain(part) and _turns(part.weight) else part  # type: ignore[no-any-return]
+    return joined(part) if turns(part) else part  # type: ignore[no-any-return]
+
+
+def turns(*parts: Any) -> bool:
+    """Whether matrices are turned round: ordinary numbers in float32 on a CPU."""
+    return all(plain(part) and _turns(part.weight) for part in parts)
 
 
 def joined(*parts: Any) -> Product:

@@ -119,17 +119,19 @@ class Conditions:
         os.replace(partial, path)
 
 
-def together(encode: Callable[[list[str]], TextCond]) -> Encode:
-    """An encoder of batches, so used that a prompt's condition is the same in any, bit for bit on a CPU: never one alone.
+def together(encode: Callable[[list[str]], TextCond], alone: bool = False) -> Encode:
+    """An encoder of batches, so used that a prompt's condition is the same in any, bit for bit on a CPU.
 
-    Products of one prompt's few rows are computed in another way than those of two or more.
+    Args:
+        encode: prompts to conditions.
+        alone: it may be given one prompt. By default never: products of one prompt's few rows are computed in another way.
     """
 
     def run(texts: Sequence[str]) -> list[TextCond]:
         made = []
         for first in range(0, len(texts), BATCH):
             some = list(texts[first : first + BATCH])
-            cond = encode(some if len(some) > 1 else [*some, ""])
+            cond = encode(some if alone or len(some) > 1 else [*some, ""])
             made += [cond[k] for k in range(len(some))]
         return made
 
