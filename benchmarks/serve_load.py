@@ -27,6 +27,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import torch
 from PIL import Image
 
 from fewstep.serve import server
@@ -136,6 +137,7 @@ def _report(
     asks: list[Ask], answers: list[dict[str, Any]], seconds: float, figures: str, alive: dict[str, int], given: dict[str, Any]
 ) -> dict[str, Any]:
     """Counts, rates, and whether each image is that of its prompt and seed."""
+    torch.set_num_threads(given["threads"])  # as the workers': another number may change last bits
     engine = open_engine("bundled")
     prompts = {p.text: p.ask for p in _prompts(given["requests"])}
     pairs = [(ask, answer) for ask, answer in zip(asks, answers, strict=True) if answer["status"] == 200]
