@@ -1,14 +1,13 @@
 """How fast the engine draws, beside stock diffusers with the same weights: one run, contenders in turn, ratios round by round.
 
-    python benchmarks/inference.py                     # the bundled student, batch 1 and 8; cold starts and memory (5 min)
+    python benchmarks/inference.py                     # the bundled student, batch 1 and 8; cold starts and memory (6 min)
     python benchmarks/inference.py --compile           # as well with both compiled by torch's inductor
     python benchmarks/inference.py --quick             # a few rounds, no processes of their own
     python benchmarks/inference.py --write             # the table of docs/inference.md, from what was measured last
     python benchmarks/inference.py --full-size medium --device cuda   # random weights, 512 and 1024 pixels
 
 Every call is end to end: prompt in, picture out. A prompt is new to every contender unless its row says known: then stock is
-given its embeddings, and ours has them in memory. The machine should have nothing else to do. Writes
-`benchmarks/results/inference_<device>.json`.
+given its embeddings, and ours has them in memory. Writes `benchmarks/results/inference_<device>.json`.
 """
 
 from __future__ import annotations
@@ -145,8 +144,7 @@ class Taken(NamedTuple):
 def race(calls: dict[str, Call], batch: int, rounds: int) -> Taken:
     """Round by round everyone in turn, in another order each time, on the same prompts and noise.
 
-    A turn is two calls, of which the second counts: the first finds the processor's caches full of another's weights, and whose
-    call is shortest would pay most for that.
+    A turn is two calls, of which the second counts: the first finds caches full of another's weights.
     """
     seconds = Taken({name: [] for name in calls}, {name: [] for name in calls})
     texts, order = prompts.reported(None, batch * (rounds + WARM_UP)), np.random.default_rng(0)
@@ -253,8 +251,7 @@ def colds(batches: Sequence[int], turns: int, threads: int) -> dict[str, dict[st
         for batch in batches:
             for who in (COMMAND, ENGINE, SCRIPT):
                 taken.setdefault(f"{who}, batch {batch}", []).append(fresh(who, batch, threads))
-    keys = ("seconds", "peak_mib")
-    return {name: {key: float(np.median([one[key] for one in held])) for key in keys} for name, held in taken.items()}
+    return {name: {key: float(np.median([one[key] for one in held])) for key in held[0]} for name, held in taken.items()}
 
 
 def full_size(size: str, pixels: int, device: str) -> dict[str, Any]:
