@@ -65,7 +65,7 @@ class Guided:
 
     def branches(self, x_t: Tensor, t: Tensor, cond: TextCond) -> tuple[Tensor, Tensor]:
         """v_neg and v_pos, each (B, ...), in one batched call; whatever the scale."""
-        neg = cond.null_like() if self.neg_cond is None else self.neg_cond.expand(len(cond))
+        neg = cond.null_like() if self.neg_cond is None else self.neg_cond.to(cond.pooled.device).expand(len(cond))
         both = self.velocity(torch.cat([x_t, x_t]), torch.cat([t, t]), TextCond.cat([neg, cond]))
         v_neg, v_pos = both.chunk(2)
         return v_neg, v_pos

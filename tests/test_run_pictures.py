@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 from test_stage_trajectory import World
 from tiny import HEADS, LOOKS, Call, tiny_recipe
 
+from fewstep.conditioning import TextCond
 from fewstep.data import embeddings, prompts
 from fewstep.engine.optim import Optim
 from fewstep.models import roles, sd3
@@ -76,6 +78,21 @@ def test_the_student_opens_in_stock_diffusers(run: tuple[Path, Distillation]) ->
     pipe = StableDiffusion3Pipeline.from_pretrained(out / "05-merge")
     image = pipe("a circle", height=64, width=64, num_inference_steps=2, guidance_scale=1.0, max_sequence_length=12).images[0]
     assert isinstance(image, Image.Image) and image.size == (64, 64)
+
+
+def test_conditions_kept_beside_a_gpu_are_made_once() -> None:
+    asked: list[list[str]] = []
+
+    def encode(texts: Sequence[str]) -> TextCond:
+        asked.append(list(texts))
+        numbers = torch.tensor([float(ord(text)) for text in texts])
+        return TextCond(numbers[:, None, None], numbers[:, None])
+
+    near = embeddings.remembered(encode, torch.device("cpu"))
+    assert near(["b", "a", "b"]).pooled.flatten().tolist() == [98, 97, 98]
+    assert near(["c", "a"]).tokens.flatten().tolist() == [99, 97]
+    assert near(["a", "c", "b"]).pooled.flatten().tolist() == [97, 99, 98]
+    assert asked == [["b", "a"], ["c"]]
 
 
 def test_text_encoders_open_only_for_what_is_new(run: tuple[Path, Distillation], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,9 @@ def teacher(x: torch.Tensor, t: torch.Tensor, cond: TextCond) -> torch.Tensor:
     return x * t[:, None, None, None] + 0.1 * cond.pooled[:, :, None, None].sin()
 
 
-def make(folder: Path, count: int, teacher=teacher, seed: int = 3) -> None:
-    write(
-        folder, teacher, encode, str, grid=GRID, latent_shape=SHAPE, count=count, substeps=2, solver="euler", seed=seed
-    )
+def make(folder: Path, count: int, teacher=teacher, seed: int = 3, together: int = 1) -> None:
+    given = {"grid": GRID, "latent_shape": SHAPE, "count": count, "substeps": 2, "solver": "euler", "seed": seed}
+    write(folder, teacher, encode, str, **given, together=together)
 
 
 def test_a_trajectory_is_the_same_in_any_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,6 +49,31 @@ def test_a_trajectory_is_the_same_in_any_shard(tmp_path: Path, monkeypatch: pyte
     make(tmp_path / "b", 20)
     other = read(tmp_path / "b", 20, GRID)
     assert torch.equal(whole.x[:20], other.x) and whole.prompts[:20] == other.prompts == [str(k) for k in range(20)]
+
+
+def test_shards_made_at_once_are_those_made_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trajectories, "SHARD", 7)
+    make(tmp_path / "a", 40)
+    make(tmp_path / "b", 40, together=4)
+    make(tmp_path / "c", 40, together=3)
+    (tmp_path / "c" / "0000007-007.tar").unlink()
+    make(tmp_path / "c", 40, together=3)  # what is there is kept
+    files = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    for folder in ("b", "c"):
+        assert {p.name: p.read_bytes() for p in (tmp_path / folder).iterdir()} == files
+
+
+def test_states_beside_a_gpu_are_read_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, 5)
+    stored, meta = read(tmp_path, 5, GRID), torch.device("meta")
+    rows, steps = torch.tensor([4, 0, 4]), torch.tensor([1, 2, 0])
+    near = replace(stored, near=stored.x + 1)
+    assert torch.equal(near.state(rows, steps), stored.state(rows, steps) + 1)
+    beside = stored.beside(meta)
+    assert beside.near is not None and beside.near.shape == stored.x.shape and beside.near.device == meta
+    assert stored.beside(torch.device("cpu")).near is None
+    monkeypatch.setattr(trajectories, "NEAR", 4 * stored.x.numel() - 1)
+    assert stored.beside(meta).near is None
 
 
 def test_trajectories_differ_by_seed_and_number(tmp_path: Path) -> None:
@@ -131,6 +156,13 @@ def test_prompts_of_the_world_have_an_address_and_hold_nothing_back_for_tests() 
     texts = [at(k) for k in range(200)]
     assert texts == [prompts.source(None, 1)(k) for k in range(200)] != [other(k) for k in range(200)]
     assert len(set(texts)) > 100 and not any(is_held_out(parse(t)) for t in texts)
+
+
+def test_captions_of_the_world_come_again_after_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "CAPTIONS", 50)
+    at = prompts.source(None, 1)
+    texts = [at(k) for k in range(120)]
+    assert texts[50:100] == texts[:50] and texts[100:] == texts[:20] and len(set(texts)) > 25
 
 
 def test_own_prompts_are_shuffled_anew_in_every_pass() -> None:

@@ -100,6 +100,22 @@ class OnDisk:
             yield key_of(text), {"safetensors": packed, "txt": text.encode()}
 
 
+def remembered(encode: Encode, device: torch.device) -> Encode:
+    """An `Encode` that asks `encode` for each text once, and keeps and gives conditions on a device."""
+    row_of: dict[str, int] = {}
+    kept: list[TextCond] = []  # one, with a row for each text
+
+    def call(texts: Sequence[str]) -> TextCond:
+        missing = [text for text in dict.fromkeys(texts) if text not in row_of]
+        if missing:
+            made = encode(missing).to(device)
+            kept[:] = [TextCond.cat([*kept, made])]
+            row_of.update((text, len(row_of)) for text in missing)
+        return kept[0][torch.tensor([row_of[text] for text in texts], device=device)]
+
+    return call
+
+
 def conditions(encode: Encode, prompts: Sequence[str]) -> Callable[[Tensor], TextCond]:
     """Conditions of prompts by their numbers (B,): from memory, or as they are asked for where they lie on disk."""
     if isinstance(encode, OnDisk):

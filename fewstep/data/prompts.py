@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from fewstep.worlds.shapes.grammar import GENEVAL_TASKS
 from fewstep.worlds.shapes.prompts import Split, caption, protocol_prompts, training_ask
 
 HELD_OUT_EVERY = 10  # prompts of a list
+CAPTIONS = 2**16  # of the shapes world, each in tens of microseconds
 
 
 def source(own: Sequence[str] | None, seed: int) -> Callable[[int], str]:
@@ -17,11 +19,13 @@ def source(own: Sequence[str] | None, seed: int) -> Callable[[int], str]:
 
     Args:
         own: prompts of one's own, without repetitions; every pass over them is shuffled anew, and every tenth is held out
-            (see `held_out`). None: training captions of the shapes world, never a held-out combination.
+            (see `held_out`). None: training captions of the shapes world, never a held-out combination; `CAPTIONS` of
+            them, then the same ones again.
         seed: of the order, or of the captions.
     """
     if own is None:
-        return lambda k: _shapes(np.random.default_rng([seed, k]))
+        again = cache(lambda k: _shapes(np.random.default_rng([seed, k])))
+        return lambda k: again(k % CAPTIONS)
     trained = [text for i, text in enumerate(own, start=1) if i % HELD_OUT_EVERY]
 
     def at(k: int) -> str:

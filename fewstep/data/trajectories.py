@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from fewstep.solvers import Solver, stepper
 PromptAt = Callable[[int], str]
 Encode = Callable[[Sequence[str]], TextCond]
 SHARD = 64
+NEAR = 4 * 2**30
 INITIAL = 0  # stream of the initial noise
 
 
@@ -37,11 +39,13 @@ class Trajectories:
         samples: K of them, float32 (S + 1, 16, H, W); they stay on the disk until they are looked at.
         prompts: of all K trajectories.
         grid: the S + 1 times.
+        near: all of them (K, S + 1, 16, H, W) on the GPU that is trained on, if they are few or small.
     """
 
     samples: tuple[Tensor, ...]
     prompts: list[str]
     grid: tuple[float, ...]
+    near: Tensor | None = None
 
     @property
     def x(self) -> Tensor:
@@ -54,8 +58,16 @@ class Trajectories:
         return self.samples[0].shape[1:]
 
     def state(self, rows: Tensor, steps: Tensor) -> Tensor:
-        """States (B, 16, H, W) of trajectories `rows` (B,) at grid points `steps` (B,)."""
-        return torch.stack([self.samples[row][step] for row, step in zip(rows.tolist(), steps.tolist(), strict=True)])
+        """States (B, 16, H, W) of trajectories `rows` (B,) at grid points `steps` (B,), where these are."""
+        if self.near is not None:
+            return self.near[rows, steps]
+        found = [self.samples[row][step] for row, step in zip(rows.tolist(), steps.tolist(), strict=True)]
+        return torch.stack(found).to(rows.device)
+
+    def beside(self, device: torch.device) -> Trajectories:
+        """The same, with all states on the device where that is a GPU and they take at most `NEAR` bytes."""
+        size = len(self.samples) * self.samples[0].numel() * self.samples[0].itemsize
+        return replace(self, near=self.x.to(device)) if device.type != "cpu" and size <= NEAR else self
 
     def pair(self, rows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Input and target of student steps: x_i and the teacher's average velocity to the next grid point.
@@ -67,7 +79,7 @@ class Trajectories:
         Returns:
             x_i (B, 16, H, W) and target of the same shape, as `objectives.trajectory.target` gives it.
         """
-        grid = torch.tensor(self.grid)
+        grid = torch.tensor(self.grid, device=steps.device)
         x_i, x_next = self.state(rows, steps), self.state(rows, steps + 1)
         return x_i, (x_next - x_i) / expand_t(grid[steps + 1] - grid[steps], x_i)
 
@@ -86,6 +98,8 @@ def write(
     solver: Solver,
     seed: int,
     title: str = "teacher trajectories",
+    device: torch.device = noise.CPU,
+    together: int = 1,
 ) -> None:
     """Roll the teacher out from `count` noises; shards that are already whole are kept.
 
@@ -101,33 +115,42 @@ def write(
         solver: of the teacher.
         seed: of the initial noise.
         title: on the progress line.
+        device: where states are while they are made.
+        together: shards that are made at once.
 
     Raises:
         OSError: when the folder cannot be written or the disk is full; whole shards stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    progress: Progress | None = None  # shown only when something is made
-    for first in range(ranks.rank() * SHARD, count, ranks.count() * SHARD):  # processes take turns
-        rows = range(first, min(first + SHARD, count))
-        path = folder / f"{first:07d}-{len(rows):03d}.tar"
-        if not path.exists():
-            progress = progress or Progress(title, count, first)
-            prompts = [prompt_at(k) for k in rows]
-            cond, x = encode(prompts), noise.normal(latent_shape, seed=seed, index=rows, step=INITIAL)
-            states, step = [x], stepper(solver)
-            for t_cur, t_next in zip(grid[:-1], grid[1:], strict=True):
-                t0, t1 = torch.full((len(rows),), t_cur), torch.full((len(rows),), t_next)
-                mean_velocity = trajectory.target(teacher, x, t0, t1, cond, substeps, step)
-                x = x + (t_next - t_cur) * mean_velocity
-                states.append(x)
-            about = [json.dumps({"prompt": prompt, "grid": grid}, ensure_ascii=False).encode() for prompt in prompts]
-            parts = zip(rows, torch.stack(states, dim=1), about, strict=True)
-            shards.write(path, ((f"{k:07d}", {"npy": shards.packed(own), "json": told}) for k, own, told in parts))
+    shards_of = range(ranks.rank() * SHARD, count, ranks.count() * SHARD)  # processes take turns
+    missing = [rows for first in shards_of if not _path(folder, rows := range(first, min(first + SHARD, count))).exists()]
+    progress = Progress(title, count, missing[0].start) if missing else None  # shown only when something is made
+    for at in range(0, len(missing), together):
+        made = missing[at : at + together]
+        numbers = [k for part in made for k in part]
+        prompts = [prompt_at(k) for k in numbers]
+        cond, x = encode(prompts), noise.normal(latent_shape, seed=seed, index=numbers, step=INITIAL).to(device)
+        states, step = [x], stepper(solver)
+        for t_cur, t_next in zip(grid[:-1], grid[1:], strict=True):
+            t0, t1 = (torch.full((len(numbers),), t, device=device) for t in (t_cur, t_next))
+            mean_velocity = trajectory.target(teacher, x, t0, t1, cond, substeps, step)
+            x = x + (t_next - t_cur) * mean_velocity
+            states.append(x)
+        about = [json.dumps({"prompt": prompt, "grid": grid}, ensure_ascii=False).encode() for prompt in prompts]
+        parts = zip(numbers, torch.stack(states, dim=1).cpu(), about, strict=True)
+        for own in made:
+            of_shard = islice(parts, len(own))
+            shards.write(_path(folder, own), ((f"{k:07d}", {"npy": shards.packed(x), "json": told}) for k, x, told in of_shard))
         if progress:
-            progress.show(rows.stop)
+            progress.show(made[-1].stop)
     if progress:
         progress.close()
     ranks.wait()
+
+
+def _path(folder: Path, rows: range) -> Path:
+    """The shard of some trajectories."""
+    return folder / f"{rows.start:07d}-{len(rows):03d}.tar"
 
 
 def read(folder: Path, count: int, grid: tuple[float, ...]) -> Trajectories:
@@ -139,7 +162,7 @@ def read(folder: Path, count: int, grid: tuple[float, ...]) -> Trajectories:
     samples, prompts = [], []
     for first in range(0, count, SHARD):
         rows = range(first, min(first + SHARD, count))
-        path = folder / f"{first:07d}-{len(rows):03d}.tar"
+        path = _path(folder, rows)
         if not path.exists():
             raise ValueError(f"{path} is missing: stage `trajectory` makes it; run the same command again")
         found = shards.read(path)

@@ -17,6 +17,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from fewstep.engine import ranks
 from fewstep.models import adapters, sd3
 
+VARIANTS = 64  # kinds of block x batch sizes x with and without gradients, that are compiled before PyTorch gives up
+
 
 @dataclass(frozen=True)
 class Config:
@@ -34,6 +36,8 @@ class Config:
         device: where networks compute: "auto" is the GPU if there is one; of several processes each has its own.
         sharded: divide what is trained among the processes that torchrun started (FSDP2): weights, gradients, moments and
             averages. The frozen teacher stays whole in each. A process alone divides nothing.
+        compile: compile the transformers' blocks (needs a C++ compiler; the first updates take minutes). It pays where
+            starting a GPU's kernels takes longer than they do: small networks, small batches.
     """
 
     trained: Literal["full", "lora"] = "full"
@@ -44,6 +48,7 @@ class Config:
     eight_bit_moments: bool = False
     device: str = "auto"
     sharded: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -56,6 +61,8 @@ class Config:
             raise ValueError("roles.eight_bit_base saves memory only where blocks are made again: set roles.checkpointing=true")
         if self.eight_bit_moments and self.sharded:
             raise ValueError("roles.eight_bit_moments and roles.sharded do not go together: set one of them to false")
+        if self.compile and self.sharded:
+            raise ValueError("roles.compile and roles.sharded do not go together: set one of them to false")
         try:
             torch.device("cpu" if self.device == "auto" else self.device)
         except RuntimeError:
@@ -105,7 +112,19 @@ def trainable(network: SD3Transformer2DModel, config: Config, seed: int) -> SD3T
             adapters.add(made, config.rank, seed)
     if config.checkpointing:
         made.enable_gradient_checkpointing()
+    if config.compile:
+        compile_blocks(made)
     return made.eval()
+
+
+def compile_blocks(network: SD3Transformer2DModel) -> None:
+    """Compile a network's blocks, in place: whoever calls the network, or its blocks alone, calls compiled code.
+
+    Blocks of one kind share their code, so that few are compiled; each batch size, with gradient and without, has its own.
+    """
+    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+    for block in network.transformer_blocks:
+        block.compile(dynamic=False)
 
 
 @torch.no_grad()

@@ -4,8 +4,8 @@ The `StableDiffusion3Pipeline` object is only a container here: its parts are ca
 and a gradient are ours to choose. `encode` gives what the stock pipeline's `encode_prompt` gives (tested).
 
 Devices matter in this file alone. A network computes where its weights are; what it is given is brought there, and what
-comes out is brought back to where the latents were. States, conditions and noise stay on the CPU: they are small beside
-what happens inside a network.
+comes out is brought back to where the latents were. What a network is trained with is made where it is; elsewhere states,
+conditions and noise stay on the CPU: they are small beside what happens inside a network.
 """
 
 from __future__ import annotations
@@ -128,6 +128,11 @@ def velocity(transformer: nn.Module | Callable[..., Any], autocast: torch.dtype 
     return call
 
 
+def home(network: nn.Module) -> torch.device:
+    """Where a network's weights are, and what it is trained with; its own `device` takes a thousand times as long."""
+    return next(network.parameters()).device
+
+
 def place(network: nn.Module | Callable[..., Any], otherwise: Tensor) -> torch.device:
     """Where a network computes; a callable that is no network, where `otherwise` is."""
     first = next(network.parameters(), otherwise) if isinstance(network, nn.Module) else otherwise
@@ -169,7 +174,7 @@ def features(
     count = len(transformer.transformer_blocks)
     if not blocks or not all(0 <= b < count for b in blocks):
         raise ValueError(f"blocks {list(blocks)}: the network has blocks 0 to {count - 1}, name at least one of them")
-    device, compute = transformer.device, autocast or narrow(transformer)
+    device, compute = home(transformer), autocast or narrow(transformer)
     divided = isinstance(transformer, FSDPModule)  # puts its weights together where its own methods are called
     read = transformer.tokens_after if divided else partial(tokens_after, transformer)
     with torch.autocast(device.type, compute, cache_enabled=False) if compute else nullcontext():

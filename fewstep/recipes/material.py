@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.conditioning import TextCond
-from fewstep.data import prompt_files, prompts, trajectories
+from fewstep.data import embeddings, prompt_files, prompts, trajectories
+from fewstep.data.trajectories import Encode
 from fewstep.engine import artifact, files, health
 from fewstep.flow import Velocity
 from fewstep.models import sd3
@@ -23,6 +25,7 @@ from fewstep.recipes.teacher import Teacher, folder_of, velocity_of
 from fewstep.stages import distribution, encoders, watch
 from fewstep.worlds.shapes.data import to_uint8
 
+AT_ONCE = 2**20  # numbers in the states that a GPU is given at once, where they are small
 HELD_OUT_SEED = 500  # added to the seed of the trajectories: their noise is not that of the held-out ones
 
 
@@ -75,13 +78,24 @@ def all_prompts(pipeline: Distillation, out: Path) -> Iterator[str]:
     yield from prompts.reported(own, pipeline.evaluate.pictures)
 
 
+def near(pipeline: Distillation, teacher: Teacher) -> Encode:
+    """Prompts to conditions, as a network that is trained on a GPU is told them: each is encoded once, and stays there.
+
+    On a CPU, and where conditions lie on the disk because they are large, the teacher's own.
+    """
+    place = pipeline.roles.place
+    if place.type == "cpu" or isinstance(teacher.encode, embeddings.OnDisk):
+        return teacher.encode
+    return embeddings.remembered(teacher.encode, place)
+
+
 def stored(pipeline: Distillation, out: Path, teacher: Teacher) -> trajectories.Trajectories:
     """The teacher trajectories of a run; made now if they are not there, by its `data_teacher` if it has one."""
-    config = pipeline.trajectory
+    config, place = pipeline.trajectory, pipeline.roles.place
     trajectories.write(
         out / "trajectories",
         _maker(pipeline, teacher),
-        teacher.encode,
+        near(pipeline, teacher),
         prompts.source(own_prompts(pipeline, out), config.seed),
         grid=pipeline.grid,
         latent_shape=teacher.latent,
@@ -89,8 +103,10 @@ def stored(pipeline: Distillation, out: Path, teacher: Teacher) -> trajectories.
         substeps=config.teacher_substeps,
         solver=config.teacher_solver,
         seed=config.seed,
+        device=place,
+        together=1 if place.type == "cpu" else max(1, AT_ONCE // math.prod(teacher.latent) // trajectories.SHARD),
     )
-    return trajectories.read(out / "trajectories", config.trajectories, pipeline.grid)
+    return trajectories.read(out / "trajectories", config.trajectories, pipeline.grid).beside(place)
 
 
 def _maker(pipeline: Distillation, teacher: Teacher) -> Velocity:
@@ -115,7 +131,7 @@ def given(pipeline: Distillation, out: Path, teacher: Teacher, proxy: SD3Transfo
     reads = encoders.dropout(pipeline.encoders, teacher.layout, seed)
     always = encoders.given(pipeline.encoders.encoders, pipeline.encoders.padded, teacher.layout)
     return distribution.Given(
-        proxy, teacher.velocity, made, teacher.encode, prompt_at, watched, pipeline.roles, reads, always
+        proxy, teacher.velocity, made, near(pipeline, teacher), prompt_at, watched, pipeline.roles, reads, always
     )
 
 

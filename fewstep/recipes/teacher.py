@@ -55,7 +55,7 @@ def folder_of(pipeline: Distillation) -> Path:
 
 
 def open_teacher(folder: Path, config: roles.Config = roles.FULL) -> Teacher:
-    """A teacher with everything in memory: transformer and autoencoder on the device of `config`, text encoders on the CPU.
+    """A teacher with everything in memory, on the device of `config`.
 
     Raises:
         ValueError: not an artefact, or not a teacher, or no such device.
@@ -66,6 +66,8 @@ def open_teacher(folder: Path, config: roles.Config = roles.FULL) -> Teacher:
     def encode(texts: Sequence[str]) -> TextCond:
         return evaluate.encode(pipe, texts, record.t5_tokens, 256)
 
+    for name in sd3.ENCODERS:
+        getattr(pipe, name).to(config.place)
     return _teacher(folder, record, pipe, encode)
 
 
@@ -110,6 +112,8 @@ def open_networks(folder: Path, config: roles.Config, without: Sequence[str] = (
         eight_bit.quantize(pipe.transformer)
     pipe.transformer.to(config.place)
     pipe.vae.to(config.place)
+    if config.compile:
+        roles.compile_blocks(pipe.transformer)
     return pipe
 
 

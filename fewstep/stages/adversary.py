@@ -74,12 +74,12 @@ class Adversary:
         self.config, self.proxy, self.seed = config, proxy, seed
         self.blocks = heads.spread(len(proxy.transformer_blocks), config.heads)
         seeds = [noise.address(seed, k, RENEWED) for k in range(config.heads)]
-        self.heads = heads.build(proxy.inner_dim, config.hidden, seeds).to(proxy.device)
+        self.heads = heads.build(proxy.inner_dim, config.hidden, seeds).to(sd3.home(proxy))
         self.optimizer = Optimizer(self.heads.named_parameters(), config.optim)
 
     def logits(self, x: Tensor, t: Tensor, cond: TextCond) -> Tensor:
         """(B, K, N) logits of points x at times t; gradient passes to whatever wants it."""
-        found = sd3.features(self.proxy, x, t, cond, self.blocks, fast_dtype(self.proxy.device))
+        found = sd3.features(self.proxy, x, t, cond, self.blocks, fast_dtype(sd3.home(self.proxy)))
         return heads.logits(self.heads, found).to(x.device)
 
     def renew(self, seen: int) -> list[int]:
@@ -117,7 +117,7 @@ def discriminator_update(
     if config.r1_weight > 0:
         x, conds = [*x, x[0] + config.r1_sigma * eps], [*conds, real[1]]
     with torch.set_grad_enabled(config.joint):
-        compute = fast_dtype(adversary.proxy.device)
+        compute = fast_dtype(sd3.home(adversary.proxy))
         found = sd3.features(adversary.proxy, torch.cat(x), t.repeat(len(x)), TextCond.cat(conds), adversary.blocks, compute)
     if config.joint:  # the proxy gets its share of the gradient, the heads all of it
         found = tuple(config.joint_weight * f + (1 - config.joint_weight) * f.detach() for f in found)

@@ -33,5 +33,5 @@ def turns(grid: tuple[float, ...], branch_at: Callable[[float], str]) -> list[in
 
 def branched(networks: Mapping[str, SD3Transformer2DModel], branch_at: Callable[[float], str]) -> Velocity:
     """One velocity of several networks; a batch shares its time, which says whose turn it is."""
-    velocities = {name: sd3.velocity(network, fast_dtype(network.device)) for name, network in networks.items()}
+    velocities = {name: sd3.velocity(network, fast_dtype(sd3.home(network))) for name, network in networks.items()}
     return lambda x_t, t, cond: velocities[branch_at(float(t[0]))](x_t, t, cond)

@@ -72,11 +72,12 @@ def student_rollout(
     state: State, config: Config, shape: torch.Size, grid: tuple[float, ...], cond: TextCond, rows: range
 ) -> Trajectory:
     """The student's own way from noise (B, 16, H, W) to samples, without gradient."""
-    start = noise.normal(shape, seed=config.seed, index=rows, step=INITIAL)
+    device = sd3.home(state.proxy)
+    start = noise.normal(shape, seed=config.seed, index=rows, step=INITIAL, device=device)
     velocity = branched(state.students, state.branch_at)
 
     def fresh(i: int) -> Tensor:
-        return noise.normal(shape, seed=config.seed, index=rows, step=SDE + i)
+        return noise.normal(shape, seed=config.seed, index=rows, step=SDE + i, device=device)
 
     with torch.no_grad():
         if config.rollout == "sde":
@@ -94,13 +95,13 @@ def proxy_update(
     stream, shape = PROXY + 4 * number, path.x.shape[2:]
 
     def at(offset: int) -> dict[str, Any]:
-        return {"seed": config.seed, "index": rows, "step": stream + offset}
+        return {"seed": config.seed, "index": rows, "step": stream + offset, "device": path.x.device}
 
     t = grids.logit_normal(noise.normal((), **at(0)), config.t_mean, config.t_std)
     eps, u = noise.normal(shape, **at(1)), noise.uniform((), **at(2))
     steps = noise.integers(0, len(path.v), **at(3))
     given = proxy.pair(config.proxy_target, path, steps, t, eps, u, config.proxy_spread)
-    return proxy.loss(sd3.velocity(network, fast_dtype(network.device)), given, cond), given.tau
+    return proxy.loss(sd3.velocity(network, fast_dtype(sd3.home(network))), given, cond), given.tau
 
 
 def student_update(
@@ -120,7 +121,7 @@ def student_update(
     Teacher and proxy are given `cond`, the student `read`. Gradient reaches the student alone.
     """
     t_i, t_next, v, fresh, u = _step(student, x_i, i, grid, read, config, rows)
-    against = None if config.against == "student" else sd3.velocity(network, fast_dtype(network.device))
+    against = None if config.against == "student" else sd3.velocity(network, fast_dtype(sd3.home(network)))
     return distribution.loss(config.switches, teacher, against, x_i, t_i, t_next, v, cond, fresh, u, grid)
 
 
@@ -137,13 +138,13 @@ def _step(
     student: SD3Transformer2DModel, x_i: Tensor, i: int, grid: tuple[float, ...], read: TextCond, config: Config, rows: range
 ) -> tuple[Tensor, Tensor, Tensor, Callable[[], Tensor], Tensor]:
     """Times of grid step `i`, the student's velocity at its start, and the randomness of what follows."""
-    t_i, t_next = torch.full((len(x_i),), grid[i]), torch.full((len(x_i),), grid[i + 1])
-    v = sd3.velocity(student, fast_dtype(student.device))(x_i, t_i, read)
+    t_i, t_next = (torch.full((len(x_i),), t, device=x_i.device) for t in (grid[i], grid[i + 1]))
+    v = sd3.velocity(student, fast_dtype(sd3.home(student)))(x_i, t_i, read)
 
     def fresh() -> Tensor:
-        return noise.normal(x_i.shape[1:], seed=config.seed, index=rows, step=RENOISE)
+        return noise.normal(x_i.shape[1:], seed=config.seed, index=rows, step=RENOISE, device=x_i.device)
 
-    return t_i, t_next, v, fresh, noise.uniform((), seed=config.seed, index=rows, step=TAU)
+    return t_i, t_next, v, fresh, noise.uniform((), seed=config.seed, index=rows, step=TAU, device=x_i.device)
 
 
 def step_input(
@@ -161,8 +162,8 @@ def step_input(
         mixed: whether an update that may use either takes noised data.
     """
     if config.rollout == "noised_data" or (config.rollout == "mix" and mixed):
-        eps = noise.normal(real[0].shape[1:], seed=config.seed, index=rows, step=NOISED)
-        return interpolate(real[0], eps, torch.full((len(eps),), path.grid[i])), real[1]
+        eps = noise.normal(real[0].shape[1:], seed=config.seed, index=rows, step=NOISED, device=real[0].device)
+        return interpolate(real[0], eps, torch.full((len(eps),), path.grid[i], device=eps.device)), real[1]
     return path.x[i], cond
 
 
@@ -211,9 +212,12 @@ def heads_update(
     """
     found: list[tuple[int, dict[str, Tensor]]] = []
     for matched, cond, real, rows in points:
-        shape = matched.x_tau.shape[1:]
-        noised = interpolate(real[0], noise.normal(shape, seed=config.seed, index=rows, step=REAL), matched.tau)
-        eps = noise.normal(shape, seed=config.seed, index=rows, step=PERTURB) if heads.config.r1_weight > 0 else noised
+
+        def normals(step: int, rows: range = rows, like: Tensor = real[0]) -> Tensor:
+            return noise.normal(like.shape[1:], seed=config.seed, index=rows, step=step, device=like.device)
+
+        noised = interpolate(real[0], normals(REAL), matched.tau)
+        eps = normals(PERTURB) if heads.config.r1_weight > 0 else noised
         learned = adversary.discriminator_update(heads, (noised, real[1]), (matched.x_tau, cond), matched.tau, eps)
         (learned["loss"] * (len(rows) / config.batch)).backward()
         found.append((len(rows), {name: value.detach() for name, value in learned.items()}))
@@ -319,7 +323,8 @@ def sampled(state: State, config: Config, given: Given, grid: tuple[float, ...],
     """The student's own samples of some rows, and which stored trajectories go with them."""
     cond = given.encode([given.prompt_at(k) for k in rows])
     path = student_rollout(state, config, given.stored.latent_shape, grid, given.reads(cond, rows), rows)
-    return Part(rows, cond, path, noise.integers(0, len(given.stored.prompts), seed=config.seed, index=rows, step=PICK))
+    device, known = path.x.device, len(given.stored.prompts)
+    return Part(rows, cond, path, noise.integers(0, known, seed=config.seed, index=rows, step=PICK, device=device))
 
 
 def student_step(

@@ -70,8 +70,8 @@ def update(
         steps: (B,) grid steps.
     """
     x_i, target = stored.pair(rows, steps)
-    velocity = sd3.velocity(student, fast_dtype(student.device))
-    return trajectory.loss(velocity, x_i, torch.tensor(stored.grid)[steps], target, cond)
+    velocity = sd3.velocity(student, fast_dtype(sd3.home(student)))
+    return trajectory.loss(velocity, x_i, torch.tensor(stored.grid, device=steps.device)[steps], target, cond)
 
 
 def run(
@@ -103,12 +103,12 @@ def run(
     student = roles.trainable(teacher, trained, config.seed)
     optimizer = Optimizer(student.named_parameters(), config.optim, trained.eight_bit_moments)
     ema = EMA({"student": student}, config.ema_half_life_images)
-    conditions, last_step = embeddings.conditions(encode, stored.prompts), len(stored.grid) - 1
+    conditions, last_step, device = embeddings.conditions(encode, stored.prompts), len(stored.grid) - 1, sd3.home(student)
 
     def step(seen: int) -> dict[str, float]:
         rows = range(seen, seen + config.batch)
-        pick = noise.integers(0, len(stored.prompts), seed=config.seed, index=rows, step=PICK)
-        steps = noise.integers(0, last_step, seed=config.seed, index=rows, step=STEP)
+        pick = noise.integers(0, len(stored.prompts), seed=config.seed, index=rows, step=PICK, device=device)
+        steps = noise.integers(0, last_step, seed=config.seed, index=rows, step=STEP, device=device)
         made = []
         for part in microbatches(ranks.share(range(config.batch)), config.micro_batch):
             own = slice(part.start, part.stop)
@@ -118,7 +118,8 @@ def run(
             made.append(losses.detach())
         norm = optimizer.step(seen, config.images)
         ema.update(seen, config.batch)
-        values, steps = torch.cat(made), steps[ranks.share(range(config.batch))]
+        share = ranks.share(range(config.batch))
+        values, steps = torch.cat(made), steps[share.start : share.stop]
         by_step = {f"loss_step_{i}": float(values[steps == i].mean()) for i in range(last_step) if (steps == i).any()}
         return {"loss": float(values.mean()), "grad_norm": float(norm), **by_step}
 
