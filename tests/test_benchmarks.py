@@ -1,4 +1,4 @@
-"""What the benchmarks rest on: exact scene probabilities, and a gallery whose broken runs are caught by their verdicts."""
+"""What the benchmarks rest on: exact scene probabilities, ways that are shared, and a gallery whose broken runs are caught."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 from fewstep.engine import health
 from fewstep.engine.config import override
+from fewstep.flow import Velocity
+from fewstep.grids import STUDENT_GRIDS, shifted_grid
+from fewstep.solvers import rollout
 from fewstep.worlds.shapes.grammar import parse
 from fewstep.worlds.shapes.prompts import training_scene
 
@@ -39,6 +43,33 @@ def test_scenes_are_drawn_with_the_probabilities_that_the_exact_answer_takes(cap
     expected = 1500 * probability.numpy()
     chi_square = float(((drawn - expected) ** 2 / expected).sum()) / (len(scenes) - 1)
     assert chi_square < 1 + 4 * np.sqrt(2 / (len(scenes) - 1))  # four deviations
+
+
+def test_ways_that_are_shared_join_at_the_students_times() -> None:
+    which = load("which_step")
+    grid, fine = STUDENT_GRIDS[4], shifted_grid(32)
+    asked: list[tuple[str, float]] = []
+
+    def velocity(name: str) -> Velocity:
+        def call(x_t: torch.Tensor, t: torch.Tensor, cond: object) -> torch.Tensor:
+            asked.append((name, float(t[0])))
+            return torch.zeros_like(x_t)
+
+        return call
+
+    ways = list(which.arms(velocity("student"), grid, velocity("teacher"), fine, "m"))
+    assert [way.name for way in ways[:2]] == ["teacher alone", "student alone"] and len(ways) == 2 + 2 * 3
+    for way in ways[2:]:
+        asked.clear()
+        rollout(way.velocity, torch.zeros(1, 1), way.grid, None)
+        at, first = float(way.name.split()[2].strip(",")), way.name.split()[0]
+        assert all((name == first) == (t > at + 1e-6) for name, t in asked)  # the step that starts at `at` is the other's
+        own = [t for name, t in asked if name == "student"]
+        assert own == pytest.approx([t for t in grid[:-1] if (t > at) == (first == "student")])
+        theirs = [t for name, t in asked if name == "teacher"]
+        assert theirs == pytest.approx([t for t in fine[:-1] if (t > at + 1e-6) == (first == "teacher")])
+    with pytest.raises(ValueError, match="choose --steps"):
+        which.joined(grid, shifted_grid(30), 0.9)
 
 
 def said_of(name: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""`fewstep serve` as a command in a process of its own, and what it gives to its workers."""
+"""`fewstep serve` as a command in a process of its own, what it gives to its workers, and what it cannot serve."""
 
 from __future__ import annotations
 
@@ -133,3 +133,32 @@ def test_a_folder_may_have_an_equals_sign_in_its_name(tmp_path: Path, monkeypatc
 def test_what_cannot_be_served_is_said(words: list[str], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         tyro.cli(command.serve, args=words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["a=bundled", "a=teacher"], "two models are called 'a'"),
+        (["=x"], "give DIR or NAME=DIR"),
+        (["a/b=x"], "give DIR or NAME=DIR"),
+        (["--port", "70000"], "0 to 65535"),
+        (["--workers", "0"], "1 or more"),
+        (["--queue", "4"], "never fit"),
+        (["--api-key", "a", "--api-key-file", "b"], "not both"),
+        (["--api-key-file", "nothing-there"], "cannot be read"),
+        (["nothing-there", "--port", "0"], "does not exist"),
+        (["--host", "203.0.113.7", "--api-key", "k"], "give another --port or --host"),
+    ],
+)
+def test_the_command_says_what_cannot_be_served(words: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        tyro.cli(command.serve, args=words)
+
+
+def test_the_command_names_models_by_their_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "05-merge"
+    folder.mkdir()
+    named = command._named(["bundled", "teacher", f"{folder}/", f"mine={folder}"])
+    assert named == {"shapes-4step": "bundled", "shapes-teacher": "teacher", "05-merge": f"{folder}/", "mine": str(folder)}
+    (tmp_path / "key").write_text(" secret\n")
+    assert command._key("", tmp_path / "key") == "secret"

@@ -14,8 +14,8 @@ from serving import Painter, colour, pixels64
 from fewstep.serve.server import app
 
 PATH = "/sdapi/v1/txt2img"
-# What the web UI describes as a request of its own, with every default.
-DESCRIBED: dict[str, Any] = {
+# What a request holds for the web UI as for its clients, with every default.
+DEFAULTS: dict[str, Any] = {
     "negative_prompt": "",
     "styles": [],
     "seed": 3,
@@ -27,32 +27,39 @@ DESCRIBED: dict[str, Any] = {
     "scheduler": "Automatic",
     "batch_size": 1,
     "n_iter": 1,
+    "restore_faces": False,
+    "tiling": False,
+    "do_not_save_samples": False,
+    "eta": 0,
+    "override_settings": {},
+    "override_settings_restore_afterwards": True,
+    "enable_hr": False,
+    "hr_scale": 2,
+    "script_args": [],
+    "send_images": True,
+    "save_images": False,
+    "alwayson_scripts": {},
+}
+# What the web UI describes as a request of its own.
+DESCRIBED = DEFAULTS | {
     "steps": 50,
     "cfg_scale": 7,
     "width": 64,
     "height": 64,
-    "restore_faces": False,
-    "tiling": False,
-    "do_not_save_samples": False,
     "do_not_save_grid": False,
-    "eta": 0,
     "denoising_strength": 0,
     "s_min_uncond": 0,
     "s_churn": 0,
     "s_tmax": 0,
     "s_tmin": 0,
     "s_noise": 0,
-    "override_settings": {},
-    "override_settings_restore_afterwards": True,
     "refiner_checkpoint": "",
     "refiner_switch_at": 0,
     "disable_extra_networks": False,
     "firstpass_image": "",
     "comments": {},
-    "enable_hr": False,
     "firstphase_width": 0,
     "firstphase_height": 0,
-    "hr_scale": 2,
     "hr_upscaler": "",
     "hr_second_pass_steps": 0,
     "hr_resize_x": 0,
@@ -65,10 +72,6 @@ DESCRIBED: dict[str, Any] = {
     "force_task_id": "",
     "sampler_index": "Euler",
     "script_name": "",
-    "script_args": [],
-    "send_images": True,
-    "save_images": False,
-    "alwayson_scripts": {},
     "infotext": "",
 }
 # What a chat program sends (SillyTavern), with settings of its user.
@@ -97,33 +100,7 @@ CHAT: dict[str, Any] = {
     "do_not_save_samples": False,
 }
 # What a form of such a client sends, all fields with their defaults.
-FORM: dict[str, Any] = {
-    "negative_prompt": "",
-    "styles": [],
-    "seed": 3,
-    "subseed": -1,
-    "subseed_strength": 0,
-    "seed_resize_from_h": -1,
-    "seed_resize_from_w": -1,
-    "sampler_name": "Euler",
-    "scheduler": "Automatic",
-    "batch_size": 1,
-    "n_iter": 1,
-    "restore_faces": False,
-    "tiling": False,
-    "do_not_save_samples": False,
-    "eta": 0,
-    "override_settings": {},
-    "override_settings_restore_afterwards": True,
-    "enable_hr": False,
-    "hr_scale": 2,
-    "hr_upscaler": "Latent",
-    "script_name": None,
-    "script_args": [],
-    "send_images": True,
-    "save_images": False,
-    "alwayson_scripts": {},
-}
+FORM = DEFAULTS | {"hr_upscaler": "Latent", "script_name": None}
 
 
 @pytest.fixture

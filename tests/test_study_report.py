@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study_help import answer, everybody, ready, tiny_study
-from test_study_exchange import png, study
+from study_help import answer, everybody, png, ready, tiny_study, voted_study
 
 from fewstep.study import analysis, ballots, database, design, exchange, report, simulate, store
 
@@ -68,7 +67,7 @@ def data() -> dict[str, Any]:
 
 
 def test_the_files_are_written_and_say_the_same(tmp_path: Path) -> None:
-    folder = study(tmp_path / "s")
+    folder = voted_study(tmp_path / "s")
     page = report.write(folder)
     told = json.loads((folder / "report.json").read_text())
     assert page == folder / "report.html" and told["anchor"] == "teacher"
@@ -205,7 +204,7 @@ def test_who_is_left_out_is_in_no_figure(tmp_path: Path, data: dict[str, Any]) -
     ]
     seen = Page(report.html(data)).text
     assert "11 annotators counted; 1 left out" in seen
-    folder = study(tmp_path / "s")
+    folder = voted_study(tmp_path / "s")
     opened = store.open_study(folder)
     record, votes = store.study_record(opened.engine), store.votes(opened.engine)
     opened.engine.dispose()
@@ -227,7 +226,7 @@ def test_of_votes_from_elsewhere_the_list_claims_nothing(tmp_path: Path) -> None
 
 
 def test_a_record_that_names_files_outside_shows_none(tmp_path: Path) -> None:
-    folder = study(tmp_path / "s")
+    folder = voted_study(tmp_path / "s")
     _saved(tmp_path / "private.png")
     opened = store.open_study(folder)
     record, votes = store.study_record(opened.engine), store.votes(opened.engine)
@@ -240,7 +239,7 @@ def test_a_record_that_names_files_outside_shows_none(tmp_path: Path) -> None:
 
 
 def test_another_anchor_and_an_unknown_one(tmp_path: Path) -> None:
-    folder = study(tmp_path / "s")
+    folder = voted_study(tmp_path / "s")
     report.write(folder, "student")
     assert json.loads((folder / "report.json").read_text())["anchor"] == "student"
     with pytest.raises(ValueError, match="'nobody' is no arm of this study: teacher, student"):
@@ -265,7 +264,7 @@ def test_a_rehearsal_is_a_study_that_nobody_voted_in(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="strengths are needed of teacher, student"):
         simulate.rehearse(folder, tmp_path / "q", {"teacher": 0.0})
     with pytest.raises(ValueError, match="no plan to rehearse"):
-        simulate.rehearse(study(tmp_path / "s"), tmp_path / "q", {"teacher": 0.0, "student": 0.3})
+        simulate.rehearse(voted_study(tmp_path / "s"), tmp_path / "q", {"teacher": 0.0, "student": 0.3})
 
 
 @pytest.mark.parametrize(
@@ -370,7 +369,7 @@ def test_where_the_rules_leave_everybody_out_the_verdict_says_so() -> None:
 
 
 def test_pictures_that_are_missing_or_no_pictures_are_left_out(tmp_path: Path) -> None:
-    folder = study(tmp_path / "s")
+    folder = voted_study(tmp_path / "s")
     for path in (folder / store.IMAGES).iterdir():
         path.write_bytes(b"GIF89a not a png")
     report.write(folder)
@@ -379,7 +378,7 @@ def test_pictures_that_are_missing_or_no_pictures_are_left_out(tmp_path: Path) -
 
 
 def test_an_imported_study_has_the_same_numbers(tmp_path: Path) -> None:
-    folder = study(tmp_path / "s")
+    folder = voted_study(tmp_path / "s")
     report.write(folder)
     exchange.export(folder, tmp_path / "s.zip")
     exchange.import_(tmp_path / "s.zip", tmp_path / "t")
