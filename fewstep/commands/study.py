@@ -68,7 +68,8 @@ def plan(
         number_of_arms: without --arms: how many there will be; 2 by default.
         win_rate: without --arms: smallest share of votes that is to be told from a half; 0.55 by default.
         design_effect: votes that are worth one independent vote, 1.5 to 2.5 as a rule; 2 by default.
-        pilot: folder of a study whose votes tell how alike votes are, and so the design effect of this one.
+        pilot: folder of a study whose votes tell how alike votes are, and so the design effect of this one; those of people
+            whom its rules leave out do not count.
         seconds_per_vote: of an annotator's time.
         pay_per_hour: in any currency.
     """
@@ -84,6 +85,7 @@ def plan(
         changed = {f.name: getattr(wish, f.name) for f in fields(wish) if getattr(wish, f.name) != getattr(usual, f.name)}
         counted = ("gold", "repeat", "overlap")
         _refuse("with --arms", **{n: v for n, v in changed.items() if n not in counted}, out=out, database=database)
+    planning.check_effort(planning.DESIGN_EFFECT if design_effect is None else design_effect, seconds_per_vote, pay_per_hour)
     alike = _pilot(design_effect, pilot)
     if not arms:
         number, aim = 2 if number_of_arms is None else number_of_arms, 0.55 if win_rate is None else win_rate
@@ -111,7 +113,7 @@ def _refuse(where: str, **given: object) -> None:
 
 def _pilot(told: float | None, folder: Path | None) -> dict[str, Likeness] | None:
     """How alike a pilot's votes are, by question; None without one."""
-    from fewstep.study import planning, store
+    from fewstep.study import analysis, planning, store
 
     if folder is None:
         return None
@@ -119,7 +121,9 @@ def _pilot(told: float | None, folder: Path | None) -> dict[str, Likeness] | Non
         raise ValueError("--design-effect and --pilot both tell the design effect: give one")
     study = store.open_study(folder)
     try:
-        return planning.pilot(store.votes(study.engine))
+        votes, record = store.votes(study.engine), store.study_record(study.engine)
+        gone = {e["annotator"] for e in analysis.excluded(votes, analysis.rules(record["protocol"]), record["finished"])}
+        return planning.pilot([v for v in votes if v["annotator"] not in gone])  # those whom a report counts
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     finally:

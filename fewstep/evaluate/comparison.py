@@ -267,7 +267,8 @@ def _counts(base: NDArray[np.float64], arm: NDArray[np.float64]) -> dict[str, in
 
 
 def _wins(base: NDArray[np.float64], arm: NDArray[np.float64], categories: Sequence[str]) -> dict[str, Estimate]:
-    return bootstrap((arm > base) + 0.5 * (arm == base), groupings(categories)[0], draws=draws_of(len(base)))
+    won, names = (arm > base) + 0.5 * (arm == base), groupings(categories)[0]
+    return with_bounds(bootstrap(won, names, draws=draws_of(len(base))), won, names, 0, 1)
 
 
 def _needed(base: NDArray[np.float64], arm: NDArray[np.float64], categories: Sequence[str], worth: float) -> int | None:

@@ -56,6 +56,8 @@ def export(folder: Path, out: Path, to: Format | None = None, url: str | None = 
         names = _external(study.engine) if external_ids else None
     finally:
         study.engine.dispose()
+    voters = {v["annotator"] for v in votes}  # somebody may have left between the two reads
+    record = {**record, "finished": [code for code in record["finished"] if code in voters]}
     rows = [tables.row(v) for v in votes]
     if names is not None:
         rows = [{**r, EXTERNAL: names.get(r["annotator"], "")} for r in rows]

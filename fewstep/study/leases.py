@@ -112,7 +112,7 @@ def now(connection: sql.Connection, store: Store, person: Any) -> Now:
             return Now("pair" if read else "intro", question, block, shown, **told)
     if answered < total:
         return Now("wait", **told)
-    if person.code not in finished(connection):
+    if answered and person.code not in finished(connection):
         event = {"at": store.clock(), "annotator": person.id, "kind": FINISH, "payload": "{}"}
         connection.execute(t.event.insert(), event)
     return Now("done", code=links.completion_code(store.secret, person.code), **told)

@@ -148,7 +148,7 @@ def pilot(votes: Sequence[Mapping[str, Any]]) -> dict[str, Likeness]:
     """
     asked = sorted({v["question"] for v in votes if v["kind"] == "normal"})
     if not asked:
-        raise ValueError("the pilot holds no votes: give --design-effect, such as 2")
+        raise ValueError("the pilot holds no votes that count: give --design-effect, such as 2")
     found = {q: likeness([v for v in votes if v["question"] == q]) for q in asked}
     for question, alike in found.items():
         for what in ("prompt", "annotator"):
@@ -252,9 +252,7 @@ def describe(
         least = 2 if name == "arms" else 1
         if value < least:
             raise ValueError(f"{name} must be {least} or more, not {value}")
-    if design_effect < 1 or not math.isfinite(design_effect):
-        raise ValueError(f"a design effect must be 1 or more, not {design_effect}")
-    _check_effort(seconds_per_vote, pay_per_hour)
+    check_effort(design_effect, seconds_per_vote, pay_per_hour)
     if not 0 <= checks < 1 or not 0 <= overlap <= 1:
         raise ValueError(f"checks must be 0 to below 1 and overlap 0 to 1, not {checks} and {overlap}")
     pairs = arms * (arms - 1) // 2
@@ -326,9 +324,7 @@ def promised(
     Raises:
         ValueError: a number out of its range; says which.
     """
-    if effect < 1 or not math.isfinite(effect):
-        raise ValueError(f"a design effect must be 1 or more, not {effect}")
-    _check_effort(seconds_per_vote, pay_per_hour)
+    check_effort(effect, seconds_per_vote, pay_per_hour)
     pairs, slots = design["contests"], design["slots"]
     each = min(slots.values()) // pairs
     seen = detectable(each / effect, comparisons=pairs)
@@ -344,7 +340,10 @@ def promised(
     )
 
 
-def _check_effort(seconds_per_vote: float, pay_per_hour: float) -> None:
+def check_effort(effect: float, seconds_per_vote: float, pay_per_hour: float) -> None:
+    """Raises ValueError, which says which, for a number out of its range."""
+    if effect < 1 or not math.isfinite(effect):
+        raise ValueError(f"a design effect must be 1 or more, not {effect}")
     if not (0 < seconds_per_vote < math.inf and 0 <= pay_per_hour < math.inf):
         told = f"{seconds_per_vote} and {pay_per_hour}"
         raise ValueError(f"seconds_per_vote must be above 0 and pay_per_hour 0 or more, both finite, not {told}")

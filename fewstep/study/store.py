@@ -15,7 +15,7 @@ first, undone votes left out:
     choice       str       "a", "b" (already turned back from left and right), "tie" or "both_bad"
     kind         str       "normal", "gold" or "repeat" (the annotator's own earlier pair, sides swapped)
     gold_answer  str|None  "a" or "b" of a gold pair
-    repeat_of    int|None  vote_id of the earlier vote on a repeat's pair; None when that was taken back and not given again
+    repeat_of    int|None  vote_id of their earlier vote on a repeat's pair; None when that was taken back and not given again
     pair_id      int       of (prompt, seed, arm pair): votes of several people on one item share it, and repeats do
     rt_ms        int|None  from showing to answering, as the browser measured it
     zoomed       bool      whether the pair was enlarged
@@ -212,13 +212,13 @@ def votes(engine: sql.Engine) -> list[dict[str, Any]]:
     with reading(engine) as connection:
         names = {row.id: row.name for row in connection.execute(sql.select(t.arm))}
         rows = connection.execute(query).all()
-    standing = {row.assignment: row.id for row in rows}
+    standing = {(row.assignment, row.code): row.id for row in rows}  # what was taken back may be somebody else's by now
     return [
         {
             "vote_id": r.id, "annotator": r.code, "question": r.question, "prompt": r.prompt, "prompt_text": r.text,
             "category": r.category, "seed": r.seed, "arm_a": names[r.arm_a], "arm_b": names[r.arm_b],
             "left_is_a": bool(r.left_is_a), "choice": r.choice, "kind": r.kind,
-            "gold_answer": r.gold_answer, "repeat_of": standing.get(r.repeat_of), "pair_id": r.pair, "rt_ms": r.rt_ms,
+            "gold_answer": r.gold_answer, "repeat_of": standing.get((r.repeat_of, r.code)), "pair_id": r.pair, "rt_ms": r.rt_ms,
             "zoomed": bool(r.zoomed), "viewport": r.viewport, "at": iso(r.at),
         }
         for r in rows
@@ -236,7 +236,8 @@ def finished(connection: sql.Connection) -> set[str]:
     e, who = t.event, t.annotator
     last = sql.select(sql.func.max(e.c.id)).where(e.c.kind.in_((FINISH, "undo"))).group_by(e.c.annotator)
     query = sql.select(who.c.code).join(e, e.c.annotator == who.c.id).where(e.c.kind == FINISH, e.c.id.in_(last))
-    return set(connection.execute(query.where(sql.exists().where(t.vote.c.annotator == who.c.id))).scalars())
+    has_voted = sql.exists().where(t.vote.c.annotator == who.c.id, stands(t.vote))
+    return set(connection.execute(query.where(has_voted)).scalars())
 
 
 def slots(engine: sql.Engine) -> list[dict[str, Any]]:
