@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,9 +27,16 @@ def start(count: int, *words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *map(str, words)], capture_output=True, text=True, cwd=PROGRAM.parent)
 
 
-def alone(teacher_folder: Path, out: Path, trained: str) -> None:
+def alone(teacher_folder: Path, out: Path, trained: str) -> Path:
     for stage in TRAINED:
         execute.run(recipe(teacher_folder, trained), out, stage)
+    return out
+
+
+@pytest.fixture(scope="module")
+def made_alone(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """What one process makes, made once for all tests."""
+    return cache(lambda trained: alone(teacher_folder, tmp_path_factory.mktemp("one"), trained))
 
 
 def same(one: Path, other: Path) -> None:
@@ -45,19 +54,20 @@ def same(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(("count", "trained"), [(2, "full"), (4, "full"), (2, "lora"), (2, "sharded")])
-def test_processes_make_what_one_makes(teacher_folder: Path, tmp_path: Path, count: int, trained: str) -> None:
+def test_processes_make_what_one_makes(
+    teacher_folder: Path, tmp_path: Path, made_alone: Callable[[str], Path], count: int, trained: str
+) -> None:
     last = ("merge",) if trained == "lora" else ()  # which the first process does by itself
     done = start(count, teacher_folder, tmp_path / "many", trained, ",".join((*TRAINED, *last)))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("\ntrajectory  done") == 1  # one of them speaks
     assert (tmp_path / "many" / "05-merge").is_dir() == bool(last)
-    alone(teacher_folder, tmp_path / "one", trained)
-    same(tmp_path / "one", tmp_path / "many")
+    same(made_alone(trained), tmp_path / "many")
 
 
 @pytest.mark.parametrize(("trained", "goes_on"), [("full", 1), ("sharded", 1), ("sharded", 4)])
 def test_a_killed_process_ends_the_run_which_goes_on_with_another_number(
-    teacher_folder: Path, tmp_path: Path, trained: str, goes_on: int
+    teacher_folder: Path, tmp_path: Path, made_alone: Callable[[str], Path], trained: str, goes_on: int
 ) -> None:
     ended = start(2, teacher_folder, tmp_path / "run", trained, ",".join(TRAINED), 1)
     assert ended.returncode != 0 and not (tmp_path / "run" / "03-distribution").exists()
@@ -70,8 +80,7 @@ def test_a_killed_process_ends_the_run_which_goes_on_with_another_number(
     else:
         done = start(goes_on, teacher_folder, tmp_path / "run", trained, ",".join(TRAINED))
         assert done.returncode == 0, done.stderr[-3000:]
-    alone(teacher_folder, tmp_path / "one", trained)
-    same(tmp_path / "one", tmp_path / "run")
+    same(made_alone(trained), tmp_path / "run")
 
 
 def test_a_batch_is_divided_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
