@@ -28,7 +28,7 @@ from fewstep.grids import shifted_grid
 from fewstep.models import sd3
 from fewstep.recipes.teacher import open_teacher
 from fewstep.report import numbers
-from fewstep.stages import evaluate
+from fewstep.stages import encoders, evaluate
 from fewstep.worlds.shapes import STUDENT_4, TEACHER
 
 TEACHER_ALONE, STUDENT_ALONE = "teacher alone", "student alone"
@@ -71,6 +71,25 @@ def arms(
         yield arm(f"teacher to {at:g}, then student", joined(fine, grid, at), handed_over(teacher, student, at))
 
 
+def measured(folder: Path, steps: int, asked: evaluate.Config, out: Path) -> dict[str, Outcome]:
+    """Outcomes of all ways, by name.
+
+    Raises:
+        ValueError: no student of the bundled teacher, or one whose times a teacher of so many steps does not visit.
+    """
+    teacher, record = open_teacher(TEACHER), artifact.read(folder)
+    if record.parents.get("teacher") != teacher.record.weights:
+        raise ValueError(f"{folder} is not a student of the bundled teacher")
+    network = sd3.load(folder, without=("vae", *sd3.ENCODERS)).transformer.to(sd3.home(teacher.pipe.transformer))
+    reads = encoders.given(record.encoders, record.t5_tokens > 0, teacher.layout)
+    student = encoders.told(sd3.velocity(network, fast_dtype(sd3.home(network))), reads)
+    mark = f"{record.weights} {steps}"
+    ways = list(arms(student, record.grid, teacher.velocity, shifted_grid(steps), mark))
+    with torch.no_grad():
+        made: dict[str, Outcome] = evaluate.run(asked, ways, teacher.pipe, teacher.record.t5_tokens, out, "select")["arms"]
+    return made
+
+
 def table(found: dict[str, Outcome]) -> list[str]:
     """Markdown: strict scores in percent, the paired difference from the teacher, images with something unreadable."""
     lines = [f"| way | {' | '.join(TASKS)} | against teacher | unreadable |", "|" + "---|" * (len(TASKS) + 3)]
@@ -81,7 +100,7 @@ def table(found: dict[str, Outcome]) -> list[str]:
         if name != TEACHER_ALONE:
             pairs = numbers.compare(outcome, found[TEACHER_ALONE])
             d = next(p for p in pairs if p["scoring"] == "strict" and p["task"] == "overall")
-            against = f"{100 * d['diff']:+.1f} ({100 * d['lo']:+.1f} to {100 * d['hi']:+.1f})"
+            against = f"{numbers.points(d['diff'])} ({numbers.points(d['lo'])} to {numbers.points(d['hi'])})"
         unreadable = 100 * float(np.mean([r["unknown"] > 0 for r in outcome["results"]]))
         lines.append(f"| {name} | {' | '.join(cells)} | {against} | {unreadable:.1f} |")
     return lines
@@ -97,17 +116,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     args = parser.parse_args()
     sd3.quiet()
-    teacher, record = open_teacher(TEACHER), artifact.read(args.student)
-    if record.parents.get("teacher") != teacher.record.weights:
-        parser.error(f"{args.student} is not a student of the bundled teacher")
-    network = sd3.load(args.student, without=("vae", *sd3.ENCODERS)).transformer
-    student = sd3.velocity(network, fast_dtype(sd3.home(network)))
-    asked = evaluate.Config(per_task=args.per_task, seeds=args.seeds)
-    ways = list(arms(student, record.grid, teacher.velocity, shifted_grid(args.steps), f"{record.weights} {args.steps}"))
-    with torch.no_grad():
-        found = evaluate.run(asked, ways, teacher.pipe, teacher.record.t5_tokens, args.out, "select")
-    print(f"{len(found['arms'][TEACHER_ALONE]['results'])} images a way, {record.kind} of {record.recipe}\n")
-    print("\n".join(table(found["arms"])))
+    try:
+        found = measured(args.student, args.steps, evaluate.Config(per_task=args.per_task, seeds=args.seeds), args.out)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{len(found[TEACHER_ALONE]['results'])} images a way\n")
+    print("\n".join(table(found)))
 
 
 if __name__ == "__main__":

@@ -105,8 +105,7 @@ def _trajectory(pipeline: Distillation, out: Path, teacher: Teacher) -> None:
     with timed(out, "trajectory"):
         work = out / "work" / "trajectory"
         reads = encoders.dropout(pipeline.encoders, teacher.layout, config.seed)
-        encode = material.near(pipeline, teacher)
-        trained = trajectory.run(config, start, stored, encode, work, out / METRICS, pipeline.roles, reads)
+        trained = trajectory.run(config, start, stored, teacher.near, work, out / METRICS, pipeline.roles, reads)
     images = _whole(config.images, config.batch)
     made = students.record("student_trajectory", pipeline, teacher, config, *parents, images=images)
     whole = roles.gathered(trained)

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.conditioning import TextCond
-from fewstep.data import embeddings, prompt_files, prompts, trajectories
-from fewstep.data.trajectories import Encode
+from fewstep.data import prompt_files, prompts, trajectories
 from fewstep.engine import artifact, files, health
 from fewstep.flow import Velocity
 from fewstep.models import sd3
@@ -78,24 +77,13 @@ def all_prompts(pipeline: Distillation, out: Path) -> Iterator[str]:
     yield from prompts.reported(own, pipeline.evaluate.pictures)
 
 
-def near(pipeline: Distillation, teacher: Teacher) -> Encode:
-    """Prompts to conditions, as a network that is trained on a GPU is told them: each is encoded once, and stays there.
-
-    On a CPU, and where conditions lie on the disk because they are large, the teacher's own.
-    """
-    place = pipeline.roles.place
-    if place.type == "cpu" or isinstance(teacher.encode, embeddings.OnDisk):
-        return teacher.encode
-    return embeddings.remembered(teacher.encode, place)
-
-
 def stored(pipeline: Distillation, out: Path, teacher: Teacher) -> trajectories.Trajectories:
     """The teacher trajectories of a run; made now if they are not there, by its `data_teacher` if it has one."""
     config, place = pipeline.trajectory, pipeline.roles.place
     trajectories.write(
         out / "trajectories",
         _maker(pipeline, teacher),
-        near(pipeline, teacher),
+        teacher.near,
         prompts.source(own_prompts(pipeline, out), config.seed),
         grid=pipeline.grid,
         latent_shape=teacher.latent,
@@ -131,7 +119,7 @@ def given(pipeline: Distillation, out: Path, teacher: Teacher, proxy: SD3Transfo
     reads = encoders.dropout(pipeline.encoders, teacher.layout, seed)
     always = encoders.given(pipeline.encoders.encoders, pipeline.encoders.padded, teacher.layout)
     return distribution.Given(
-        proxy, teacher.velocity, made, near(pipeline, teacher), prompt_at, watched, pipeline.roles, reads, always
+        proxy, teacher.velocity, made, teacher.near, prompt_at, watched, pipeline.roles, reads, always
     )
 
 

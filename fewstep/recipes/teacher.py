@@ -35,6 +35,8 @@ class Teacher:
         record: what it is.
         pipe: its pipeline; without text encoders where conditions are stored.
         encode: prompts to conditions.
+        near: the same for what is trained: on a GPU each prompt is encoded once and its condition kept there, unless
+            conditions lie on the disk because they are large.
         velocity: with its guidance.
         latent: (16, H, W) of what it is asked to draw.
         layout: which part of a condition comes from which encoder.
@@ -44,6 +46,7 @@ class Teacher:
     record: Artifact
     pipe: StableDiffusion3Pipeline
     encode: Encode
+    near: Encode
     velocity: Velocity
     latent: tuple[int, int, int]
     layout: Layout
@@ -68,7 +71,8 @@ def open_teacher(folder: Path, config: roles.Config = roles.FULL) -> Teacher:
 
     for name in sd3.ENCODERS:
         getattr(pipe, name).to(config.place)
-    return _teacher(folder, record, pipe, encode)
+    near = encode if config.place.type == "cpu" else embeddings.remembered(encode, config.place)
+    return _teacher(folder, record, pipe, encode, near)
 
 
 def open_for(pipeline: Distillation, out: Path, texts: Iterable[str] = ()) -> Teacher:
@@ -102,7 +106,7 @@ def open_for(pipeline: Distillation, out: Path, texts: Iterable[str] = ()) -> Te
     encode = embeddings.OnDisk(encoders, out / CONDITIONS, getattr(torch, config.frozen_dtype))
     encode.prepare(["", *texts])
     pipe = open_networks(folder, config, sd3.ENCODERS)
-    return _teacher(folder, record, pipe, encode, pipeline.resolution, 2 * pipeline.distribution.micro_batch)
+    return _teacher(folder, record, pipe, encode, encode, pipeline.resolution, 2 * pipeline.distribution.micro_batch)
 
 
 def open_networks(folder: Path, config: roles.Config, without: Sequence[str] = ()) -> StableDiffusion3Pipeline:
@@ -118,14 +122,20 @@ def open_networks(folder: Path, config: roles.Config, without: Sequence[str] = (
 
 
 def _teacher(
-    folder: Path, record: Artifact, pipe: StableDiffusion3Pipeline, encode: Encode, resolution: int = 0, at_once: int = 0
+    folder: Path,
+    record: Artifact,
+    pipe: StableDiffusion3Pipeline,
+    encode: Encode,
+    near: Encode,
+    resolution: int = 0,
+    at_once: int = 0,
 ) -> Teacher:
     network = sd3.velocity(pipe.transformer, fast_dtype(pipe.transformer.device))
     if at_once:  # guidance doubles a batch
         network = in_chunks(network, at_once)
     velocity = guided(network, encode([""]), record.guidance_scale)
     layout = sd3.layout(folder, record.t5_tokens)
-    return Teacher(folder, record, pipe, encode, velocity, latent_shape(pipe, resolution), layout)
+    return Teacher(folder, record, pipe, encode, near, velocity, latent_shape(pipe, resolution), layout)
 
 
 def velocity_of(folder: Path, config: roles.Config, encode: Encode, at_once: int = 0) -> Velocity:

@@ -212,12 +212,10 @@ def heads_update(
     """
     found: list[tuple[int, dict[str, Tensor]]] = []
     for matched, cond, real, rows in points:
-
-        def normals(step: int, rows: range = rows, like: Tensor = real[0]) -> Tensor:
-            return noise.normal(like.shape[1:], seed=config.seed, index=rows, step=step, device=like.device)
-
-        noised = interpolate(real[0], normals(REAL), matched.tau)
-        eps = normals(PERTURB) if heads.config.r1_weight > 0 else noised
+        shape = real[0].shape[1:]
+        at: dict[str, Any] = {"seed": config.seed, "index": rows, "device": real[0].device}
+        noised = interpolate(real[0], noise.normal(shape, step=REAL, **at), matched.tau)
+        eps = noise.normal(shape, step=PERTURB, **at) if heads.config.r1_weight > 0 else noised
         learned = adversary.discriminator_update(heads, (noised, real[1]), (matched.x_tau, cond), matched.tau, eps)
         (learned["loss"] * (len(rows) / config.batch)).backward()
         found.append((len(rows), {name: value.detach() for name, value in learned.items()}))
